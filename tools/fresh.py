@@ -15,7 +15,6 @@ import numpy as np
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from PIL import Image
-from traitlets.config import Config
 
 HELD = ("slow", "gpu", "notest", "eval:false")
 KERNEL_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -68,8 +67,9 @@ def execute(
     for cell, _ in held:
         cell.source = ""
     where = {"metadata": {"path": str(path.resolve().parent)}}
-    local = Config(KernelManager={"transport": "ipc"})
-    NotebookClient(notebook, timeout=timeout, resources=where, coalesce_streams=True, config=local).execute()
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where, coalesce_streams=True)
+    client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
+    client.execute()
     for cell, source in held:
         cell.source = source
     for cell in notebook.cells:
