@@ -48,7 +48,9 @@ def _version(name: str) -> str | None:
 def _git(*words: str) -> str | None:
     "What git says about the folder of this package; None where there is no git."
     try:
-        done = subprocess.run(["git", "-C", str(Path(vlm_reward.__file__).parent), *words], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(Path(vlm_reward.__file__).parent), *words], capture_output=True, text=True
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -137,7 +139,9 @@ class Run(Store):
         "Refuse a folder that belongs to another config."
         found = difference(plain(self.config), plain(config))
         if found:
-            raise RunError(f"{self.path}: holds a run of another config ({found}); move it away or choose another --root")
+            raise RunError(
+                f"{self.path}: holds a run of another config ({found}); move it away or choose another --root"
+            )
 
     @property
     def name(self) -> str:
