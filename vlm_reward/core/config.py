@@ -110,6 +110,7 @@ def _is_text(annotation: Any) -> bool:
 def parse_value(
     text: str,  # what stands after the flag or the sign
     annotation: Any,  # type of the field
+    where: str = "value",  # dotted name of the field, for errors
 ) -> Any:  # plain value; `from_dict` checks it
     "Read the text of an override as the type of its field wants it."
     options = type_options(annotation)
@@ -120,7 +121,7 @@ def parse_value(
     if (get_origin(options[0]) or options[0]) in LISTS and not text.lstrip().startswith(("[", "{")):
         item = (get_args(options[0]) or (Any,))[0]
         return [parse_value(part.strip(), item) for part in text.split(",") if part.strip()]
-    value = read_yaml(text, f"value {shown(text)}")
+    value = read_yaml(text, f"{where}={shown(text)}")
     return text if any(_is_text(o) for o in options) and not isinstance(value, list | dict) else value
 
 # %% ../../nbs/core/02_config.ipynb #70e5c9c2
@@ -150,7 +151,7 @@ def _set_item(items: Any, kind: Any, path: list[str], text: str, where: str) -> 
 def _set(node: Any, annotation: Any, path: list[str], text: str, where: str) -> Any:
     "`node` with the value at `path` changed."
     if not path:
-        return parse_value(text, annotation)
+        return parse_value(text, annotation, where)
     kind, here = _container(annotation), join_name(where, path[0])
     args = get_args(kind) or (Any, Any)
     if get_origin(kind) in LISTS:
