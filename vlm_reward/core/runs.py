@@ -107,7 +107,7 @@ def difference(
         return None
     return None if stored == wanted else f"{where}: {shown(stored)} there, {shown(wanted)} here"
 
-
+# %% ../../nbs/core/03_runs.ipynb #46a9e253
 class Run(Store):
     "One run folder; `Run.open` makes or re-opens it."
 
@@ -207,6 +207,16 @@ class Run(Store):
         tables = [read_table(self.path / "rollouts" / f"step_{s:05d}.parquet").assign(step=s) for s in steps]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
+    def save_json(
+        self,
+        name: str,  # file name without its ending
+        value: Any,  # plain values
+    ) -> Path:
+        "Store plain values."
+        if name == "finished":
+            raise RunError("save_json 'finished': this file ends a run; call finish(summary)")
+        return super().save_json(name, value)
+
     @property
     def checkpoints(self) -> Path:
         "Folder of the checkpoints."
@@ -233,7 +243,7 @@ class Run(Store):
         if self.finished:
             raise RunError(f"{self.path}: is finished; delete the folder by hand if it shall be made again")
         for item in self.path.iterdir():
-            if item.name != "config.yaml":
+            if item.name not in ("config.yaml", ".lock"):
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         write_whole(self.path / "environment.json", json_bytes(environment()))
 
@@ -245,9 +255,9 @@ def _steps(path: Path) -> pd.DataFrame:
         return pd.DataFrame({"step": pd.Series(dtype=int)})
     return pd.DataFrame(lines).groupby("step", as_index=False, sort=True).last()
 
-
+# %% ../../nbs/core/03_runs.ipynb #149ec3d5
 def find_runs(
     root: Path,  # a folder that holds runs, at any depth
-) -> list[Run]:  # by path
+) -> list[Run]:  # by path; empty when there is no such folder
     "The run folders below a folder."
     return [Run(p.parent) for p in sorted(Path(root).rglob("config.yaml"))]
