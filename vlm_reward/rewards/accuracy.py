@@ -15,7 +15,17 @@ from typing import Any
 from ..core.response import parse_response
 
 # %% ../../nbs/rewards/02_accuracy.ipynb #f013e5e3
-WRAPPINGS = (("**", "**"), ("\\boxed{", "}"), ("\\text{", "}"), ("$", "$"), ("(", ")"), ("[", "]"), ('"', '"'), ("'", "'"), ("`", "`"))
+WRAPPINGS = (
+    ("**", "**"),
+    ("\\boxed{", "}"),
+    ("\\text{", "}"),
+    ("$", "$"),
+    ("(", ")"),
+    ("[", "]"),
+    ('"', '"'),
+    ("'", "'"),
+    ("`", "`"),
+)
 
 
 def fold(

@@ -8,7 +8,7 @@ __all__ = ['INKLESS', 'has_text', 'check_sections', 'format_reward', 'sections_i
 # %% ../../nbs/rewards/01_format.ipynb #e9d4522a
 from collections.abc import Sequence
 
-from ..core.response import Response, parse_response
+from ..core.response import Response, parse_response, section_name
 
 # %% ../../nbs/rewards/01_format.ipynb #e2d6b4ed
 INKLESS = "\u2800\u3164\u115f\u1160\uffa0"  # printable by Unicode's word, but blank: Braille, Hangul fillers
@@ -23,14 +23,15 @@ def has_text(
 # %% ../../nbs/rewards/01_format.ipynb #8344a7d5
 def check_sections(
     sections: Sequence[str],  # names of sections, in order
-) -> tuple[str, ...]:  # the same, checked
+) -> tuple[str, ...]:  # the same, as the parser writes them
     """Give back the names if they can be a format.
 
     - Raises: `ValueError` if there is no name, a name comes twice, or `sections` is one text.
     """
-    if isinstance(sections, str) or not sections or len(set(sections)) < len(sections):
+    names = () if isinstance(sections, str) else tuple(map(section_name, sections))
+    if not names or len(set(names)) < len(names):
         raise ValueError(f"sections {sections!r} is not a format: want different names, as in ('think', 'answer')")
-    return tuple(sections)
+    return names
 
 
 def format_reward(
@@ -81,5 +82,5 @@ def graded_format_reward(
         return 1.0
     response = parse_response(completion, names=wanted)
     count = sections_in_place(response, wanted)
-    beside = has_text(response.outside) or count == len(wanted)
+    beside = has_text(response.outside) or bool(response.strays) or count == len(wanted)
     return count / (len(wanted) + beside)

@@ -66,7 +66,11 @@ def get_rubric(
         return PRESETS[name]
     if ":" not in name:
         close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose {', '.join(PRESETS)}, or write path/to/file.py:function"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"choose {', '.join(PRESETS)}, or write path/to/file.py:function"
+        )
         raise ValueError(f"no reward is called {name!r}: {hint}")
     found, part = load_object(name), name.rpartition(":")[2]
     if isinstance(found, Preset):

@@ -13,7 +13,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,14 @@ def reward_columns(
     parameters = list(inspect.signature(inner).parameters.values())
     if not parameters or parameters[0].name != "completion":
         found = parameters[0].name if parameters else "nothing"
-        raise ValueError(f"the first parameter of reward {name} is {found!r}: call it completion, the text of one sample")
+        raise ValueError(
+            f"the first parameter of reward {name} is {found!r}: call it completion, the text of one sample"
+        )
     stars = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if stars:
-        raise ValueError(f"reward {name} takes {str(stars[0])!r}, which hides misspelt names: name the columns it needs")
+        raise ValueError(
+            f"reward {name} takes {str(stars[0])!r}, which hides misspelt names: name the columns it needs"
+        )
     wanted = [p for p in parameters[1:] if p.kind is not p.KEYWORD_ONLY and p.name not in bound]
     return {p.name: p.default is p.empty for p in wanted}
 
@@ -69,7 +73,9 @@ def check_points(
     if points is None:
         return None
     if not isinstance(points, numbers.Real) or not math.isfinite(points):
-        raise ValueError(f"reward {name!r} returned {points!r}: return a finite number, or None for what cannot be scored")
+        raise ValueError(
+            f"reward {name!r} returned {points!r}: return a finite number, or None for what cannot be scored"
+        )
     return float(points)
 
 
@@ -80,6 +86,7 @@ class Part:
     name: str
     reward: Reward
     weight: float
+    wanted: Mapping[str, bool] = field(init=False, repr=False)  # its columns, as `reward_columns` tells them
 
     def __post_init__(self) -> None:
         "Refuse a name that cannot be logged and a weight that is no number."
@@ -87,7 +94,7 @@ class Part:
             raise ValueError(f"a part cannot be called {self.name!r}: want a name without '/', and not 'total'")
         if not isinstance(self.weight, numbers.Real) or not math.isfinite(self.weight):
             raise ValueError(f"the weight of part {self.name!r} is {self.weight!r}: want a finite number")
-        reward_columns(self.reward)
+        object.__setattr__(self, "wanted", reward_columns(self.reward))
 
     def points(
         self,
@@ -95,16 +102,17 @@ class Part:
         columns: Mapping[str, Any],  # of its row; more than the reward asks for is fine
     ) -> float | None:  # points of this part, not yet weighted
         "Call the reward with the columns that it asks for."
-        wanted = reward_columns(self.reward)
-        for column in (c for c, needed in wanted.items() if needed and c not in columns):
+        for column in (c for c, needed in self.wanted.items() if needed and c not in columns):
             close = difflib.get_close_matches(column, columns, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             have = ", ".join(sorted(columns)) or "none"
             raise ValueError(f"reward {self.name!r} needs column {column!r}; the row has {have}{hint}")
         try:
-            points = self.reward(completion, **{c: columns[c] for c in wanted if c in columns})
+            points = self.reward(completion, **{c: columns[c] for c in self.wanted if c in columns})
         except Exception as error:
-            error.add_note(f"in reward {self.name!r}, row {columns.get('id', '(no id)')!r}, completion {completion[:200]!r}")
+            error.add_note(
+                f"in reward {self.name!r}, row {columns.get('id', '(no id)')!r}, completion {completion[:200]!r}"
+            )
             raise
         return check_points(points, self.name)
 
@@ -191,8 +199,7 @@ class Rubric:
     @property
     def columns(self) -> tuple[str, ...]:  # names of columns, sorted
         "The columns that no part can do without."
-        wanted = (reward_columns(part.reward) for part in self.parts)
-        return tuple(sorted({name for columns in wanted for name, needed in columns.items() if needed}))
+        return tuple(sorted({name for part in self.parts for name, needed in part.wanted.items() if needed}))
 
     @property
     def reward_funcs(self) -> list[Callable[..., list[float | None]]]:  # one per part, in order
