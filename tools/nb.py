@@ -2,7 +2,7 @@
 
 nb show X.ipynb            print a chapter as percent-format text
 nb apply X.py X.ipynb      write the text into the chapter (ids and outputs stay) and export its module
-nb export X.ipynb ...      export modules
+nb export [X.ipynb ...]    export modules; without a name everything, its index too, and clean
 nb run [paths]             run in fresh kernels and store the outputs
 nb check [paths]           run in fresh kernels and compare with the stored outputs
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import jupytext
 from fresh import check_chapter, run_all, run_chapter
+from habits import chapter_lapses
 from nbdev.clean import nbdev_clean
+from nbdev.doclinks import nbdev_export
 from nbdev.export import nb_export
 
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
@@ -39,6 +41,18 @@ def apply(
     jupytext.write(new, notebook, fmt="ipynb")
     nbdev_clean(notebook)
     nb_export(notebook)
+    print(*chapter_lapses(Path(notebook)), sep="\n", file=sys.stderr)
+
+
+def export(
+    notebooks: list[str],  # paths; none means all
+) -> None:
+    """Write modules from their chapters."""
+    for notebook in notebooks:
+        nb_export(notebook)
+    if not notebooks:
+        nbdev_export()
+        nbdev_clean()
 
 
 def parse(
@@ -51,7 +65,7 @@ def parse(
     apply_parser = verbs.add_parser("apply")
     apply_parser.add_argument("text")
     apply_parser.add_argument("notebook")
-    verbs.add_parser("export").add_argument("notebook", nargs="+")
+    verbs.add_parser("export").add_argument("notebook", nargs="*")
     for verb in ("run", "check"):
         fresh_parser = verbs.add_parser(verb)
         fresh_parser.add_argument("paths", nargs="*", default=["nbs"], help="notebooks or folders (default: nbs)")
@@ -68,8 +82,7 @@ def main() -> int:
     elif args.verb == "apply":
         apply(args.text, args.notebook)
     elif args.verb == "export":
-        for notebook in args.notebook:
-            nb_export(notebook)
+        export(args.notebook)
     else:
         problems = run_all({"run": run_chapter, "check": check_chapter}[args.verb], args.paths, args.jobs, args.timeout)
         print(*problems, sep="\n", end="\n" if problems else "")
