@@ -41,7 +41,8 @@ def apply(
     jupytext.write(new, notebook, fmt="ipynb")
     nbdev_clean(notebook)
     nb_export(notebook)
-    print(*chapter_lapses(Path(notebook)), sep="\n", file=sys.stderr)
+    for lapse in chapter_lapses(Path(notebook)):
+        print(lapse, file=sys.stderr)
 
 
 def export(
