@@ -1,0 +1,108 @@
+"Supervised fine-tuning: the loss sees the completion's tokens and nothing else; Muon against torch's."
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_reward.core.rows import make_row
+from vlm_reward.data.behaviours import demonstrate
+from vlm_reward.data.scenes import scene_rng, scene_rows
+from vlm_reward.policy.families import load_policy
+from vlm_reward.train.muon import Muon, orthogonalise
+from vlm_reward.train.sft import IGNORED, SFTSettings, encode_examples, train_sft
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_policy("pocket")
+
+
+def examples(n=5):
+    return [
+        (row, demonstrate("grounded", row, scene_rng(i))) for i, row in enumerate(scene_rows("relation", n, seed=40))
+    ]
+
+
+def test_labels_are_the_completion_between_header_and_end(pocket):
+    "Against the plain text: find the last assistant header, tokenise what follows."
+    tokenizer = pocket[1].tokenizer
+    batch = encode_examples(pocket[1], examples())
+    for ids, labels, (_, completion) in zip(batch["input_ids"], batch["labels"], examples(), strict=True):
+        text = tokenizer.decode(ids[: (labels != IGNORED).nonzero()[0]])
+        assert text.endswith("<|im_start|>assistant\n")
+        assert tokenizer.decode(labels[labels != IGNORED]) == completion + "<|im_end|>"
+        assert (ids[labels != IGNORED] == labels[labels != IGNORED]).all()
+
+
+def test_loss_does_not_depend_on_the_prompt_labels_or_padding(pocket):
+    model, processor = pocket
+    with torch.no_grad():
+        single = [model(**encode_examples(processor, [e])) for e in examples()]
+        together = model(**encode_examples(processor, examples()))
+    counts = [(encode_examples(processor, [e])["labels"] != IGNORED).sum() for e in examples()]
+    mean = sum(out.loss * n for out, n in zip(single, counts, strict=True)) / sum(counts)
+    assert abs(mean - together.loss) < 1e-4
+
+
+def test_changing_the_picture_changes_the_loss(pocket):
+    model, processor = pocket
+    (row, completion), *_ = examples()
+    blank = {**row, "images": [Image.new("RGB", (64, 64), "white")]}
+    with torch.no_grad():
+        seen, blind = (model(**encode_examples(processor, [(r, completion)])).loss for r in (row, blank))
+    assert blind > seen + 0.1
+
+
+def test_rows_without_a_picture_can_be_learnt(pocket):
+    row = make_row(id="0", task="t", question="Say yes", images=[], solution="yes")
+    batch = encode_examples(pocket[1], [(row, "yes")])
+    assert "pixel_values" not in batch
+    assert torch.isfinite(pocket[0](**batch).loss)
+
+
+def test_first_step_follows_the_gradient_of_the_batch(pocket):
+    "One step of plain AdamW by hand gives the trainer's weights."
+    processor, mine, theirs = pocket[1], copy.deepcopy(pocket[0]), copy.deepcopy(pocket[0])
+    settings = SFTSettings(steps=1, batch_size=4, lr=1e-3, warmup=0, decay="constant", shuffle=False)
+    train_sft(theirs, processor, examples(4), settings)
+    mine.train()
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    mine(**encode_examples(processor, examples(4))).loss.backward()
+    torch.nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
+    optimizer.step()
+    for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-5), name
+
+
+def test_orthogonalise_against_svd():
+    torch.manual_seed(0)
+    for shape in [(2, 8, 8), (3, 5, 20), (1, 30, 7)]:
+        matrices = torch.randn(shape)
+        values = torch.linalg.svdvals(orthogonalise(matrices, steps=8))
+        assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_muon_state_survives_a_save():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(6, 6)
+    runs = []
+    for resume in (False, True):
+        model, data = copy.deepcopy(net), torch.Generator().manual_seed(1)
+        optimizer = Muon(model, lr=0.01)
+        for step in range(4):
+            if resume and step == 2:
+                saved, optimizer = optimizer.state_dict(), Muon(model, lr=0.01)
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            model(torch.randn(16, 6, generator=data)).square().mean().backward()
+            optimizer.step()
+        runs.append([p.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}])
+def test_settings_without_a_step_are_refused(pocket, wrong):
+    with pytest.raises(ValueError, match="want steps and batch_size"):
+        train_sft(pocket[0], pocket[1], examples(1), SFTSettings(**wrong))
