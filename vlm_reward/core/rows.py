@@ -4,26 +4,21 @@
 
 # %% auto #0
 __all__ = ['Row', 'ANSWER_TYPES', 'ALIASES', 'COLUMNS', 'Column', 'make_prompt', 'question_of', 'make_row', 'with_instructions',
-           'load_image', 'png_bytes', 'RowError', 'resolve_aliases', 'names_choice', 'validate_row', 'validate_rows',
-           'to_dataset', 'from_dataset']
+           'load_image', 'RowError', 'resolve_aliases', 'names_choice', 'validate_row', 'validate_rows']
 
 # %% ../../nbs/core/00_rows.ipynb #fa7d392d
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from .settings import shown
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # %% ../../nbs/core/00_rows.ipynb #b86e7844
 Row = dict[str, Any]
@@ -140,28 +135,21 @@ def load_image(
     if isinstance(value, str | Path) and not Path(value).is_file():
         raise ValueError(f"{shown(str(value))}: no such image file")
     try:
-        image = value if isinstance(value, Image.Image) else _open_image(value)
+        image = _open_image(value)
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "bytes" if isinstance(value, bytes) else shown(value if isinstance(value, Image.Image) else str(value))
+        what = shown(str(value)) if isinstance(value, str | Path) else shown(value)
         raise ValueError(f"{what}: not an image that can be read ({' '.join(str(error).split())})") from error
     return image
 
 
 def _open_image(value: Any) -> Image.Image:
     "Open what is named or held by `value`."
+    if isinstance(value, Image.Image):
+        return value
     if not isinstance(value, str | Path | bytes):
         raise ValueError(f"want a PIL image, a path or bytes, got {type(value).__name__}")
     return Image.open(io.BytesIO(value if isinstance(value, bytes) else Path(value).read_bytes()))
-
-
-def png_bytes(
-    image: Image.Image,  # any picture
-) -> bytes:  # the same, without loss
-    "Encode a picture as PNG."
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 # %% ../../nbs/core/00_rows.ipynb #3f161bc3
 class RowError(ValueError):
@@ -330,63 +318,3 @@ def validate_rows(
     if twice:
         raise RowError(f"{len(twice)} ids come more than once, {shown(twice[0])} for one: give every row its own")
     return checked
-
-# %% ../../nbs/core/00_rows.ipynb #ba4ce205
-def to_dataset(
-    rows: Iterable[Row],  # rows, as `validate_rows` gives them
-) -> "Dataset":  # one row each; a column that some rows do not have is None there
-    """Make a `datasets.Dataset` of rows.
-
-    - Raises: `RowError` if there are no rows, or a value is neither plain data nor an image.
-    """
-    from datasets import Dataset, Features, Image
-
-    rows = list(rows)
-    if not rows:
-        raise RowError("there are no rows to make a data set of: want at least one")
-    columns, features = {}, {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        columns[name], features[name] = (values, [Image()]) if name == "images" else _as_arrow(name, values)
-    return Dataset.from_dict(columns, features=Features(features))
-
-
-def _as_arrow(name: str, values: list[Any]) -> tuple[list[Any], Any]:
-    "Values and their feature: a native one if they come back equal, otherwise JSON."
-    import pyarrow as pa
-    from datasets import Json
-    from datasets.features.features import generate_from_arrow_type
-
-    try:
-        values = [_as_lists(value) for value in values]
-        array = pa.array(values)
-        if repr(array.to_pylist()) == repr(values):
-            return values, generate_from_arrow_type(array.type)
-    except (pa.ArrowException, OverflowError):
-        pass
-    try:
-        return [None if value is None else json.dumps(value) for value in values], Json()
-    except (TypeError, ValueError) as error:
-        raise RowError(f"column {name}: {error}; a data set holds texts, numbers, lists and dictionaries") from error
-
-
-def _as_lists(value: Any) -> Any:
-    "The same with lists in the place of tuples."
-    if isinstance(value, Mapping):
-        return {key: _as_lists(item) for key, item in value.items()}
-    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def from_dataset(
-    data: "Dataset",  # any data set
-) -> list[Row]:  # its rows
-    "The rows of a `datasets.Dataset`."
-    from datasets import Json
-
-    rows = [dict(row) for row in data]
-    names = [name for name, feature in data.features.items() if isinstance(feature, Json)]
-    table = data.select_columns(names).with_format("arrow")[:] if names else {}
-    for name in names:  # `datasets` reads JSON with fewer digits than it has
-        for row, text in zip(rows, table[name].to_pylist(), strict=True):
-            row[name] = None if text is None else json.loads(text)
-    return rows
