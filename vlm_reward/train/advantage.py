@@ -53,6 +53,6 @@ def group_advantage(
 def total_reward(
     points: torch.Tensor,  # (completions, parts), reward points; NaN is unscored
     weights: torch.Tensor,  # (parts,), 0 measures a part without paying for it
-) -> torch.Tensor:  # (completions,), reward points; NaN where no part was scored
-    """Weighted sum over the parts that were scored, as TRL does."""
-    return (points * weights).nansum(1).masked_fill(points.isnan().all(1), math.nan)
+) -> torch.Tensor:  # (completions,), reward points; NaN where no part that is paid was scored
+    """Weighted sum over the parts that were scored."""
+    return (points * weights).nansum(1).masked_fill(points[:, weights != 0].isnan().all(1), math.nan)
