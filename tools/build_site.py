@@ -31,11 +31,11 @@ COPIED = (".svg", ".png", ".jpg", ".webp", ".gif", ".css")
 
 def process() -> None:
     """Let nbdev process the notebooks: hide, execute imports and exported cells, document, link."""
-    work = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)"
+    paths = [str(PARTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", work], cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True
-    )
+    environment = os.environ | quiet | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", "import book; book.process()"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit("nbdev stopped:\n" + done.stderr.rpartition("\nException: ")[2])
 
@@ -53,13 +53,13 @@ def leaves(
 
 def read_pages(
     contents: list,  # of the sidebar in _quarto.yml
-    partial: bool,  # whether chapters of the sidebar may be missing
+    partial: bool,  # whether sidebar and chapters may differ
 ) -> dict[Path, Page]:  # source -> page, in the order of the sidebar
     """Read the processed notebooks and make sure that the sidebar lists each of them."""
     order = list(leaves(contents))
     present = {path.relative_to(PROCESSED) for path in PROCESSED.rglob("*.ipynb")}
     missing, unlisted = set(order) - present, present - set(order)
-    if unlisted or (missing and not partial):
+    if (unlisted or missing) and not partial:
         raise SystemExit(f"sidebar: not listed {sorted(map(str, unlisted))}, absent {sorted(map(str, missing))}")
     return {source: Page.read(PROCESSED, source) for source in order if source in present}
 
@@ -194,7 +194,7 @@ def copy_assets() -> None:
 
 
 def build(
-    partial: bool,  # whether chapters of the sidebar may be missing
+    partial: bool,  # whether sidebar and chapters may differ
 ) -> int:  # number of pages
     """Render every page, the search index and the links between them."""
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
@@ -225,7 +225,7 @@ def build(
 def main() -> None:
     """Build the site."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--partial", action="store_true", help="allow chapters of the sidebar to be missing")
+    parser.add_argument("--partial", action="store_true", help="build although sidebar and chapters differ")
     parser.add_argument("--process-only", action="store_true", help="stop after nbdev, for Quarto to go on in _proc")
     parser.add_argument("--no-process", action="store_true", help="render _proc as it is")
     args = parser.parse_args()
