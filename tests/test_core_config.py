@@ -24,7 +24,7 @@ from vlm_reward.core.config import (
     to_dict,
     to_yaml,
 )
-from vlm_reward.core.flags import add_flags, flags_to_overrides, leftover_overrides
+from vlm_reward.core.flags import add_flags, take_overrides
 from vlm_reward.core.settings import describe_fields, field_names, setting
 
 
@@ -357,15 +357,39 @@ def test_override_leaves_its_input_alone():
     assert json.dumps(mapping) == before
 
 
-@given(inner)
+@given(inner, st.booleans(), st.permutations(field_names(Inner)))
 @settings(max_examples=40, deadline=None)
-def test_every_field_can_be_given_as_a_flag(cfg):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(parser, Inner)
+def test_every_field_can_be_given_as_a_flag(cfg, joined, order):
+    values = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in to_dict(cfg).items()}
+    words = [w for k in order for w in ([f"--{k}={values[k]}"] if joined else [f"--{k}", values[k]])]
+    overrides, left = take_overrides(["study", *words, "--dry-run"], Inner)
+    assert left == ["study", "--dry-run"]
+    assert load_config(Inner, None, overrides) == cfg
+
+
+def test_flags_keep_their_order_and_leave_the_rest_alone():
     words = [
-        word for k, v in to_dict(cfg).items() for word in (f"--{k}", str(v).lower() if v in (True, False) else str(v))
+        "a.yaml",
+        "--by-name.two.reward",
+        "x",
+        "--inner.freeze",
+        "b",
+        "--inner.lr",
+        "1",
+        "--inner.lr=0.5",
+        "--root",
+        "r",
     ]
-    assert load_config(Inner, None, flags_to_overrides(parser.parse_args(words))) == cfg
+    overrides, left = take_overrides(words, Outer)
+    assert overrides == ["by_name.two.reward=x", "inner.freeze=true", "inner.lr=1", "inner.lr=0.5"]
+    assert left == ["a.yaml", "b", "--root", "r"]
+
+
+def test_a_negative_value_is_a_value_and_a_flag_is_not():
+    assert take_overrides(["--limit", "-1"], Outer) == (["limit=-1"], [])
+    for words in (["--limit"], ["--limit", "--name", "x"], ["--arms.0.weight"]):
+        with pytest.raises(ConfigError, match="wants a value"):
+            take_overrides(words, Outer)
 
 
 def test_help_shows_meaning_type_and_the_default_in_this_place():
@@ -376,14 +400,6 @@ def test_help_shows_meaning_type_and_the_default_in_this_place():
         assert f"--{name} " in shown
     assert "steps (whole number; default 80)" in shown
     assert "steps (whole number; default 40)" in shown
-
-
-def test_leftover_flags_reach_entries_that_only_the_file_knows():
-    words = ["--by_name.two.reward", "x", "--arms.0.weight=2"]
-    assert leftover_overrides(words, Outer) == ["by_name.two.reward=x", "arms.0.weight=2"]
-    for bad in (["--by_nam.two", "x"], ["stray"], ["--weights.format"]):
-        with pytest.raises(ConfigError):
-            leftover_overrides(bad, Outer)
 
 
 # --- files ---
