@@ -36,6 +36,8 @@ def default_text(
     if default is EMPTY:
         return ""
     text = getattr(default, "__name__", None) or repr(default)
+    if " object at 0x" in text:
+        return "…"
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
@@ -157,9 +159,14 @@ class Renderer(BasicMarkdownRenderer):
     def _repr_markdown_(self) -> str:
         """Heading with a link to the source, signature, docstring, parameters, members."""
         link = NbdevLookup().code(self.fn)
-        heading = f"{'#' * self.title_level} {self.nm}" + (f" [source]({link}){{.source-link}}" if link else "")
-        heading += f" {{#{self.nm.lower()} .api}}"
-        parts = [heading, f"```python\n{signature_text(self.sym, self.nm)}\n```", inspect.getdoc(self.sym) or ""]
+        heading = f"{'#' * self.title_level} {self.nm} {{.api}}"
+        source = f"::: {{.source-link}}\n[source]({link})\n:::" if link else ""
+        parts = [
+            heading,
+            source,
+            f"```python\n{signature_text(self.sym, self.nm)}\n```",
+            inspect.getdoc(self.sym) or "",
+        ]
         parts += [parameter_table(self.sym), method_table(self.sym) if inspect.isclass(self.sym) else ""]
         return "\n\n".join(filter(None, parts))
 

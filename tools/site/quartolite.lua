@@ -3,7 +3,7 @@
 
 local callouts = { note = "Note", tip = "Tip", warning = "Warning", important = "Important", caution = "Caution" }
 local kinds = { fig = "Figure", tbl = "Table", eq = "Equation", sec = "Section" }
-local plain_divs = { cell = true, ["cell-output"] = true, section = true }
+local plain_divs = { cell = true, ["cell-output"] = true, section = true, ["source-link"] = true }
 local numbered, count = {}, {}
 
 local function kind_of(id)
