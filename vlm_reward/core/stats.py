@@ -8,6 +8,7 @@ __all__ = ['Interval', 'check_level', 'wilson', 'resample', 'bootstrap', 'paired
 
 # %% ../../nbs/core/04_stats.ipynb #68d0cf1b
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -235,7 +236,9 @@ def _cell(
         return ""
     if isinstance(value, float | np.floating):
         return f"{value:.{digits}f}"
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    text = re.sub(r"\s", " ", str(value))
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return re.sub(r"[\\|<*$`~&^@\[]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", shown)
 
 
 def markdown_table(

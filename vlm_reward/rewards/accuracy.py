@@ -168,6 +168,7 @@ def accuracy_reward(
     solution: str | None,  # a*: the gold as text
     answer_type: str | None = None,  # choice, boolean or text; None: told by the other columns
     choices: Sequence[str] | None = None,  # texts of the choices, if the row has any
+    sections: Sequence[str] | None = None,  # sections the row asks for; none at all: the whole completion is the answer
 ) -> float | None:  # r: 1, 0, or None without a gold
     """Pay 1 if the answer section of the completion holds the right answer and nothing else.
 
@@ -175,4 +176,6 @@ def accuracy_reward(
     - Raises: `ValueError` if `answer_type` is not compared here.
     - Source: rule-based accuracy as in Guo et al. 2025, arXiv:2501.12948, read as a whole.
     """
-    return score_answer(parse_response(completion).answer, solution, answer_type, choices)
+    plain = sections is not None and len(sections) == 0
+    answer = completion if plain else parse_response(completion).answer
+    return score_answer(answer, solution, answer_type, choices)
