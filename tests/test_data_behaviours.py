@@ -58,7 +58,7 @@ NAME = f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 
 def naive_claims(text):
     "The same by regular expressions, in the order of the text."
-    words = re.finditer(rf"\b{NAME} ([{COLUMNS}]) ([{ROWS}])\b", text)
+    words = re.finditer(rf"\b{NAME},? ([{COLUMNS}]),? ([{ROWS}])\b", text)
     boxes = re.finditer(rf"\[(\d+),(\d+),(\d+),(\d+) {NAME}\]", text)
     found = [(m.start(), (f"{m[1]} {m[2]}", (m[3], m[4]), "words")) for m in words]
     found += [(m.start(), (f"{m[5]} {m[6]}", box_cell([int(m[i]) for i in range(1, 5)]), "box")) for m in boxes]

@@ -40,10 +40,11 @@ def say_boxes(objects: Sequence[Mapping]) -> str:
 
 
 def say_conclusion(row: Row) -> str:
-    "How the two objects really stand, where the answer is only whether a statement about it is true."
+    "How the two objects stand and how the question says they do, where the answer is whether that is true."
     if row["answer_type"] != "boolean":
         return ""
-    return f", {row['relation'] if row['label'] else OPPOSITES[row['relation']]}"
+    true = row["relation"] if row["label"] else OPPOSITES[row["relation"]]
+    return f", {true}, said {row['relation']}"
 
 
 def demonstrate(

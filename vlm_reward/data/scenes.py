@@ -187,11 +187,12 @@ def scene_row(
 
 
 def say_reason(objects: list[SceneObject], asked: dict) -> str:
-    "Where the two objects are; for a statement also how they stand to each other."
+    "Where the two objects are; for a statement also how they stand to each other, and how it says they do."
     places = ", ".join(f"{item.name} {item.place}" for item in objects[:2])
     if asked["answer_type"] != "boolean":
         return places
-    return f"{places}, {asked['relation'] if asked['label'] else OPPOSITES[asked['relation']]}"
+    true = asked["relation"] if asked["label"] else OPPOSITES[asked["relation"]]
+    return f"{places}, {true}, said {asked['relation']}"
 
 
 def scene_rows(
