@@ -45,9 +45,9 @@ class GRPOSettings:
     decay: Literal["constant", "linear", "cosine"] = setting("constant", "how it falls after the warm-up")
     temperature: float = setting(1.0, "of sampling, above 0", low=1e-3)
     max_new_tokens: int = setting(48, "cut completions off here", low=1)
-    loss_type: LossType = setting("dapo", "how the loss of tokens is averaged")
-    scale_rewards: Scale = setting("group", "spread that advantages are divided by")
-    ratio_level: Level = setting("token", "probability ratio per token or per completion")
+    loss_type: LossType = setting("dapo", "how the loss of tokens is averaged")  # noqa: RUF009
+    scale_rewards: Scale = setting("group", "spread that advantages are divided by")  # noqa: RUF009
+    ratio_level: Level = setting("token", "probability ratio per token or per completion")  # noqa: RUF009
     epsilon: float = setting(0.2, "lower clip of the ratio", low=0)
     epsilon_high: float | None = setting(None, "upper clip of the ratio; null takes epsilon")
     updates: int = setting(1, "updates with the same completions", low=1)
@@ -61,7 +61,7 @@ class GRPOSettings:
     rollouts_every: int = setting(1, "store the completions of every n-th step; 0 stores none", low=0)
     threads: int | None = setting(None, "CPU threads; null leaves them as they are")
     seed: int = setting(0, "of order and sampling", low=0)
-    trl: dict[str, Any] = setting({}, "further fields of TRL's GRPOConfig, by name")
+    trl: dict[str, Any] = setting({}, "further fields of TRL's GRPOConfig, by name")  # noqa: RUF009
 
 # %% ../../nbs/train/03_grpo.ipynb #e45a7608
 def completion_logprobs(
@@ -93,9 +93,7 @@ def grpo_step(
 
     # sample
     set_seed(step_seed(settings.seed, step))
-    config = sampling_config(
-        model, processor, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens
-    )
+    config = sampling_config(model, processor, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
     with torch.no_grad():
         ids = model.generate(**prompts, generation_config=config)[:, prompts["input_ids"].shape[1] :]
     ends = torch.isin(ids, torch.tensor(config.eos_token_id))
@@ -107,7 +105,7 @@ def grpo_step(
     replies = [[{"role": "assistant", "content": text}] for text in texts]
     points = [f(completions=replies, completion_ids=ids.tolist(), **columns) for f in rubric.reward_funcs]
     points = torch.tensor([[math.nan if p is None else p for p in part] for part in points]).T
-    rewards = total_reward(points, torch.tensor(rubric.reward_weights or [1.0] * points.shape[1]))
+    rewards = total_reward(points, torch.tensor(rubric.reward_weights))
 
     # compare
     grouped = rewards.view(-1, settings.group_size)
@@ -198,7 +196,7 @@ def checked(
     reward: Any,  # in TRL's form; models, names of models and async functions are left alone
 ) -> Any:  # the same, watched
     "Stop at the first NaN or infinity that a reward returns."
-    waits = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))
+    waits = any(inspect.iscoroutinefunction(f) for f in (reward, getattr(type(reward), "__call__", None)))  # noqa: B004
     if waits or isinstance(reward, str | torch.nn.Module):
         return reward
 

@@ -101,6 +101,7 @@ def grpo_loss(
     *,
     ref_logprobs: torch.Tensor | None = None,  # log π_ref, needed if `beta` is not 0
     beta: float = 0.0,  # β, weight of the KL term
+    kl_ratio: bool = True,  # multiply the KL by the ratio, for the right gradient
     epsilon: float = 0.2,  # ε, lower clip
     epsilon_high: float | None = None,  # upper clip; None takes `epsilon`
     level: Level = "token",  # ratio per token or per completion
@@ -115,9 +116,10 @@ def grpo_loss(
     """
     if beta and ref_logprobs is None:
         raise ValueError(f"beta: {beta} needs ref_logprobs, the log-probabilities of the reference policy")
-    losses = clipped_loss(ratio(logprobs, old_logprobs, mask, level), advantages, epsilon, epsilon_high)
+    ratios = ratio(logprobs, old_logprobs, mask, level)
+    losses = clipped_loss(ratios, advantages, epsilon, epsilon_high)
     if beta and ref_logprobs is not None:
-        losses = losses + beta * kl_k3(logprobs, ref_logprobs)
+        losses = losses + beta * kl_k3(logprobs, ref_logprobs) * (ratios if kl_ratio else 1)
     return aggregate(
         losses, mask, loss_type, max_completion_length=max_completion_length, tokens_in_step=tokens_in_step
     )

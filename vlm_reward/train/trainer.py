@@ -46,7 +46,9 @@ def asked_columns(
     for p in wanted:
         if p.default is p.empty and p.name not in row:
             name = getattr(function, "__name__", repr(function))
-            raise ValueError(f"{name} asks for column {p.name!r}, which row {row.get('id')!r} has not: {', '.join(row)}")
+            raise ValueError(
+                f"{name} asks for column {p.name!r}, which row {row.get('id')!r} has not: {', '.join(row)}"
+            )
     return {p.name: row[p.name] for p in wanted if p.name in row}
 
 # %% ../../nbs/train/05_trainer.ipynb #13e3b3a7
@@ -244,7 +246,13 @@ class RewardTrainer(GRPOTrainer):
         totals = total_reward(self.points, self.reward_weights.to(self.points))
         columns = zip(told, texts, totals.tolist(), self.points.tolist(), self._logs["advantages"], strict=True)
         return [
-            {"row_id": id, "sample": i % self.num_generations, "completion": text, "n_tokens": n, "behaviour": behaviour}
+            {
+                "row_id": id,
+                "sample": i % self.num_generations,
+                "completion": text,
+                "n_tokens": n,
+                "behaviour": behaviour,
+            }
             | {"reward": known(total), "advantage": advantage}
             | {f"rewards/{name}": known(p) for name, p in zip(self.reward_func_names, parts, strict=True)}
             for i, ((id, n, behaviour), text, total, parts, advantage) in enumerate(columns)
