@@ -159,9 +159,9 @@ def summarise(
 
 def summary_line(task: str, table: pd.DataFrame) -> Mapping[str, Any]:
     "The numbers of one task; those of a mode that was not asked for are not a number."
-    by_mode = {mode: table[table["mode"] == mode] for mode in ("sampled", "greedy")}
+    by_mode = {mode: table.query("mode == @mode") for mode in ("sampled", "greedy")}
     sampled = by_mode["sampled"] if len(by_mode["sampled"]) else by_mode["greedy"]
-    most = int(sampled.groupby("row_id").size().min())
+    most = int(sampled.groupby("row_id").size().to_numpy().min())
     return {
         "task": task,
         "rows": table["row_id"].nunique(),
@@ -171,6 +171,6 @@ def summary_line(task: str, table: pd.DataFrame) -> Mapping[str, Any]:
         "greedy": accuracy(by_mode["greedy"]).estimate,
         f"pass@{most}": pass_at(sampled, most),
         "bypass": behaviour_shares(sampled).get("bypass", float("nan")),
-        "parse failures": 1 - float(sampled["parsed"].mean()),
-        "tokens": float(sampled["n_tokens"].mean()),
+        "parse failures": 1 - float(sampled["parsed"].to_numpy(float).mean()),
+        "tokens": float(sampled["n_tokens"].to_numpy(float).mean()),
     }
