@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .settings import shown
 
@@ -139,7 +139,9 @@ def load_image(
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         what = shown(str(value)) if isinstance(value, str | Path) else shown(value)
-        raise ValueError(f"{what}: not an image that can be read ({' '.join(str(error).split())})") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no known format" if unknown else " ".join(str(error).split())
+        raise ValueError(f"{what}: not an image that can be read ({reason})") from error
     return image
 
 

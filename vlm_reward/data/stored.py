@@ -106,6 +106,6 @@ def load_stored(
     ids = take_turns(items.values(), request.seed) if request.split == "all" else getattr(split, request.split)
     stop = len(ids) if request.n is None else request.start + request.n
     if stop > len(ids) or request.start >= len(ids):
-        wanted = f"{request.n or 'all'} rows from the {request.start}. on" if request.start else f"{request.n} rows"
-        raise ValueError(f"{wanted} are asked for, but {request.split} has {len(ids)}; ask for fewer")
+        wanted = f"{request.n or 1} rows" + (f" after the first {request.start}" if request.start else "")
+        raise ValueError(f"{wanted} are asked for, but there are {len(ids)} in {request.split}; ask for fewer")
     return [items[id].make() for id in ids[request.start : stop]]
