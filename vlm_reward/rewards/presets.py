@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass
 
 from .accuracy import accuracy_reward
-from .files import load_object, load_reward
+from .files import FileReward, load_object
 from .format import format_reward
 from .rubric import Rubric
 
@@ -75,6 +75,6 @@ def get_rubric(
     found, part = load_object(name), name.rpartition(":")[2]
     if isinstance(found, Preset):
         return found
-    rubric = found if isinstance(found, Rubric) else Rubric({part: load_reward(name)})
+    rubric = found if isinstance(found, Rubric) else Rubric({part: FileReward(name, found)})
     card = (found.__doc__ or "").strip() if not isinstance(found, Rubric) else repr(rubric)
     return Preset(part, rubric, THINK_ANSWER, card)

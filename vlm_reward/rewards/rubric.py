@@ -28,7 +28,8 @@ def _unbound(
 ) -> tuple[Reward, set[str]]:  # the function inside, and the parameters that partial has set
     "Take `functools.partial` off a reward."
     bound: set[str] = set()
-    while isinstance(reward, functools.partial):
+    while isinstance(inside := getattr(reward, "__wrapped__", reward), functools.partial):
+        reward = inside
         if reward.args:
             raise ValueError(f"partial({reward.func!r}) sets a value by position: set it by name, as in limit=4")
         bound |= set(reward.keywords)
