@@ -154,9 +154,10 @@ def check_pocket(
     n: int = 500,  # held-out scenes per kind
     *,
     kinds: Sequence[str] = KINDS,  # what to ask
+    samples: int = 1,  # completions per row at temperature 1, beside the greedy one
     progress: Callable[[int], None] | None = None,  # told how many completions are done
 ) -> pd.DataFrame:  # one line per completion, as `evaluate` gives it
     "Let a pocket answer questions about held-out scenes."
     model, processor = load_policy(policy)
     rows = [row for kind in kinds for row in scene_rows(kind, n, seed=HELD_OUT_SEED)]
-    return evaluate(model, processor, rows, samples=1, batch_size=100, progress=progress)
+    return evaluate(model, processor, rows, samples=samples, batch_size=100, progress=progress)
