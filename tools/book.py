@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import nbdev.showdoc
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
-from nbdev.processors import FilterDefaults, add_fold
+from nbdev.processors import FilterDefaults, add_fold, mv_exports
 from nbdev.showdoc import BasicMarkdownRenderer
 
 WIDTH = 92  # of a signature, in characters
@@ -26,7 +27,7 @@ def type_text(
     """Write a type as it stands in the code, without the modules of its names."""
     if annotation is EMPTY:
         return ""
-    return re.sub(r"(?<![\w'\"])(?:[a-z_]\w*\.)+(?=[A-Za-z_])", "", inspect.formatannotation(annotation).strip("'"))
+    return re.sub(r"(?<![\w'\"/])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", inspect.formatannotation(annotation).strip("'"))
 
 
 def default_text(
@@ -197,15 +198,30 @@ def fold_source(cell: Any) -> None:
             cell.source = f"#| code-fold: true\n#| code-summary: Source\n{cell.source}"
 
 
+class Arrange(Processor):
+    """Put what documents a cell in front of its code, in the order of the code."""
+
+    def begin(self) -> None:
+        """Rearrange the cells."""
+        cells, arranged = self.nb.cells, []
+        for leader in [cell for cell in cells if not getattr(cell, "has_sd", False)]:
+            place = cells.index(leader) + 1
+            documents = list(itertools.takewhile(lambda cell: getattr(cell, "has_sd", False), cells[place:]))
+            shown = "exports" in getattr(leader, "directives_", {})
+            arranged += [*documents[::-1], leader] if shown else [leader, *documents[::-1]]
+        cells[:] = arranged
+
+
 class BookFilter(FilterDefaults):
-    """The processors of nbdev, with ours in place of the folding one, and our renderer."""
+    """The processors of nbdev, two of them replaced by ours, and our renderer."""
 
     def __init__(self):
         nbdev.showdoc.BasicMarkdownRenderer = Renderer
 
     def base_procs(self) -> list:
         """List the processors in their order."""
-        return [ShowSource, *(fold_source if proc is add_fold else proc for proc in super().base_procs())]
+        ours = {add_fold: fold_source, mv_exports: Arrange}
+        return [ShowSource, *(ours.get(processor, processor) for processor in super().base_procs())]
 
 
 def process() -> None:

@@ -193,28 +193,49 @@ def copy_assets() -> None:
             shutil.copy(path, target)
 
 
+def neighbours(
+    page: Page,
+    order: list[Page],  # as in the sidebar
+) -> dict[str, dict[str, str]]:  # "previous" and "next", where there is one
+    """Find the pages before and after a page."""
+    at = order.index(page)
+    near = {"previous": order[at - 1] if at else None, "next": order[at + 1] if at + 1 < len(order) else None}
+    return {side: {"href": relative(p.address, page), "title": p.title} for side, p in near.items() if p}
+
+
+def write_page(
+    page: Page,
+    parts: dict[str, str],  # toc and body, as HTML
+    site: dict[str, Any],  # what _quarto.yml says of the website
+    pages: dict[Path, Page],  # source -> page, in the order of the sidebar
+) -> None:
+    """Put a page into its frame."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=True)
+    frame = {
+        "page": page,
+        "site": site,
+        "root": "../" * len(page.address.parent.parts),
+        "sidebar": sidebar(site["sidebar"]["contents"], page, pages),
+        **neighbours(page, list(pages.values())),
+    }
+    target = DOCS / page.address
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(environment.get_template("page.html").render(**frame, **parts), encoding="utf-8")
+
+
 def build(
     partial: bool,  # whether sidebar and chapters may differ
 ) -> int:  # number of pages
-    """Render every page, the search index and the links between them."""
+    """Render every page, the links between them and the search index."""
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
-    contents = site["sidebar"]["contents"]
-    pages = read_pages(contents, partial)
+    pages = read_pages(site["sidebar"]["contents"], partial)
+    links, search = Links(pages, site["site-url"].rstrip("/") + "/"), []
     copy_assets()
-    links, order, search = Links(pages, site["site-url"].rstrip("/") + "/"), list(pages.values()), []
-    template = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=True).get_template("page.html")
     with ThreadPoolExecutor(2) as pool:
-        rendered = list(pool.map(render, order))
-    for number, (page, (toc, body)) in enumerate(zip(order, rendered, strict=True)):
-        near = {"previous": order[number - 1] if number else None, "next": (*order, None)[number + 1]}
-        near = {side: {"href": relative(p.address, page), "title": p.title} for side, p in near.items() if p}
-        root = "../" * len(page.address.parent.parts)
-        side = sidebar(contents, page, pages)
+        rendered = list(pool.map(render, pages.values()))
+    for page, (toc, body) in zip(pages.values(), rendered, strict=True):
         body = links.rewrite(page, body)
-        text = template.render(page=page, site=site, root=root, sidebar=side, toc=toc, body=body, **near)
-        target = DOCS / page.address
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        write_page(page, {"toc": toc, "body": body}, site, pages)
         search += search_entries(page, body)
     if links.dead and not partial:
         raise SystemExit("\n".join(links.dead))

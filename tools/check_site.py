@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, Request, Response, sync_playwright
 
 DOCS = Path(__file__).resolve().parent.parent / "_docs"
 PROBE = (Path(__file__).with_name("site") / "probe.js").read_text(encoding="utf-8")
@@ -143,6 +143,7 @@ class Inspector:
     ) -> None:
         """Type into the search field and follow the first hit."""
         self.at = f"search for {word!r}"
+        self.watch(tab)
         tab.goto(self.base + page)
         tab.fill("#search", word)
         tab.wait_for_selector("#hits a", timeout=5000)
@@ -153,22 +154,26 @@ class Inspector:
 
 
 def inspect(
-    browser: Browser,
-    inspector: Inspector,
-    pages: list[str],  # paths below the site
-) -> None:
+    folder: Path,  # the site
+    word: str | None,  # what to search for; None leaves the search out
+    shots: Path | None = None,  # where to put pictures of the pages
+) -> Inspector:  # with what it found
     """Visit every page in every view, then follow links and search."""
-    for view, (width, height, scheme) in VIEWS.items():
-        tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        inspector.watch(tab)
-        for page in pages:
-            inspector.visit(tab, page, view)
-        tab.close()
-    inspector.follow(DOCS)
-    tab = browser.new_page()
-    inspector.watch(tab)
-    inspector.search(tab, pages[0], "reward")
-    tab.close()
+    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    with served(folder) as base, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=SWITCHES)
+        inspector = Inspector(base, shots)
+        for view, (width, height, scheme) in VIEWS.items():
+            tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            inspector.watch(tab)
+            for page in pages:
+                inspector.visit(tab, page, view)
+            tab.close()
+        inspector.follow(folder)
+        if word:
+            inspector.search(browser.new_page(), pages[0], word)
+        browser.close()
+    return inspector
 
 
 def main() -> int:
@@ -178,17 +183,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.shots:
         args.shots.mkdir(parents=True, exist_ok=True)
-    pages = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.html"))
-    if not pages:
-        raise SystemExit(f"no page in {DOCS}: build the site first")
-    with served(DOCS) as base, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=SWITCHES)
-        inspector = Inspector(base, args.shots)
-        inspect(browser, inspector, pages)
-        browser.close()
-    print(*inspector.problems, sep="\n")
-    print(f"{len(pages)} pages, {len(VIEWS)} views, {len(inspector.links)} links, {len(inspector.problems)} problems")
-    return bool(inspector.problems)
+    if not (DOCS / "index.html").exists():
+        raise SystemExit(f"no site in {DOCS}: build it first")
+    found = inspect(DOCS, "reward", args.shots)
+    print(*found.problems, sep="\n")
+    print(f"{len(found.anchors)} pages, {len(VIEWS)} views, {len(found.links)} links, {len(found.problems)} problems")
+    return bool(found.problems)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
+from nbformat import NotebookNode
 from PIL import Image
 
 HELD = ("slow", "gpu", "notest", "eval:false")
@@ -25,6 +26,7 @@ NOISE = (
     (r"(?<![\w.])/\S*/(?=\w)", "…/"),
 )
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[-+]?\d+)?")
+BAR = re.compile(r"\d+%\|.*\||\d+(it|step|B) \[\d")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -50,16 +52,30 @@ def directives(
 
 
 def is_held(
-    cell: nbformat.NotebookNode,  # any cell
+    cell: NotebookNode,  # any cell
 ) -> bool:  # true for cells that are not run here and keep the outputs they have
     """Tell whether a cell is flagged slow, gpu or notest, or not to be evaluated."""
     return cell.cell_type == "code" and bool(directives(cell.source) & set(HELD))
 
 
+def without_progress(
+    outputs: list[NotebookNode],  # of a cell
+) -> list[NotebookNode]:
+    """Drop progress bars: widgets, which a page cannot show, and the lines that bars leave on stderr."""
+    kept = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            lines = re.split(r"(?<=[\r\n])", output.text)
+            output.text = "".join(line for line in lines if line.strip() and not BAR.search(line))
+        if WIDGET not in output.get("data", {}) and output.get("text") != "":
+            kept.append(output)
+    return kept
+
+
 def execute(
     path: Path,  # the notebook; its folder is the working directory, as in JupyterLab
     timeout: int,  # seconds for one cell
-) -> nbformat.NotebookNode:  # the notebook with new outputs
+) -> NotebookNode:  # the notebook with new outputs
     """Run a notebook from the top in a kernel of its own."""
     notebook = nbformat.read(path, 4)
     metadata = dict(notebook.metadata)
@@ -74,6 +90,8 @@ def execute(
         cell.source = source
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = without_progress(cell.outputs)
     notebook.metadata = nbformat.from_dict(metadata)
     return notebook
 
@@ -121,8 +139,6 @@ def data_difference(
     grey: float,  # mean grey levels by which pictures may differ
 ) -> str | None:  # what differs, None when nothing does
     """Compare the data of one display output with its counterpart."""
-    if WIDGET in old:
-        return None
     if set(old) != set(new):
         return f"{sorted(old)} became {sorted(new)}"
     for mime in old:
@@ -142,7 +158,7 @@ def difference(
 ) -> str | None:  # what differs, None when nothing does
     """Compare the outputs of one cell."""
     if grey:
-        old, new = ([o for o in outputs if o.get("name") != "stderr"] for outputs in (old, new))
+        old, new = ([o for o in without_progress(outputs) if o.get("name") != "stderr"] for outputs in (old, new))
     kinds_old, kinds_new = ([(o.output_type, o.get("name")) for o in outputs] for outputs in (old, new))
     if kinds_old != kinds_new:
         return f"{len(kinds_old)} outputs became {len(kinds_new)}: {kinds_old} and {kinds_new}"

@@ -1,6 +1,7 @@
 """What a chapter must keep to, beyond running: told when it is written, tested for the whole book."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def lapses(
     pictures = [o for o in cell.get("outputs", []) if {"image/png", "image/svg+xml"} & set(o.get("data", {}))]
     if pictures and not {"hide", "fig-alt"} & names and "output:false" not in flags:
         yield "a picture without `#| fig-alt: ...`, the text for people who do not see it"
+    texts = ["".join(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])]
+    if "hide" not in names and any(re.match(r"<Figure size|<Axes[:(]|Text\(", text) for text in texts) and not pictures:
+        yield "a figure that only shows as its name: end the cell with the figure, made by pyplot, or display it"
     if any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in cell.get("outputs", [])):
         yield "a widget: a page shows it as a dead picture"
 
