@@ -132,7 +132,7 @@ def behaviour_words(
         return "no behaviour clearly changes its share"
     largest = clear.reindex(clear["change"].abs().sort_values(ascending=False).index).head(most)
     pairs = zip(largest["behaviour"], largest["share"] - largest["change"], largest["share"], strict=True)
-    return ", ".join(f"{name} {percent(abs(before), 0)} to {percent(after, 0)}" for name, before, after in pairs)
+    return "behaviours: " + ", ".join(f"{n} {percent(abs(a), 0)} to {percent(b, 0)}" for n, a, b in pairs)
 
 
 def chance_words(

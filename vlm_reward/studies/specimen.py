@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Shares', 'Speaker', 'PARTS', 'START', 'ENDS', 'PUZZLE_ENDS', 'speak_scene', 'speak_puzzle', 'puzzle_rows',
            'puzzle_row', 'speak_lines', 'evaluation_of', 'slide', 'points', 'step_metrics', 'scene_config',
-           'puzzle_config', 'rows_table', 'write_run', 'write_specimen']
+           'puzzle_config', 'rows_table', 'write_run', 'write_specimen', 'write_puzzles']
 
 # %% ../../nbs/studies/05_specimen.ipynb #642faf55
 import random
@@ -277,3 +277,17 @@ def write_specimen(
             run, rows, speak, (start, ends[arm]), PARTS[arm], rng=rng, steps=steps, samples=samples, left_off_at=half
         )
     return folder
+
+
+def write_puzzles(
+    root: Path,  # folder of studies
+    n: int = 8,  # rows of each of two kinds
+    *,
+    steps: int = 6,  # training steps
+    absent: Sequence[tuple[str, int]] = (),  # (arm, seed) of runs that were never begun
+) -> Path:  # the study folder
+    "Write a study on puzzles by dice: one seed, no behaviours, answers as good as guesses."
+    rows, start = puzzle_rows(n), PUZZLE_ENDS["sft"]
+    return write_specimen(
+        root, puzzle_config(), rows, speak_puzzle, start=start, ends=PUZZLE_ENDS, steps=steps, absent=absent
+    )

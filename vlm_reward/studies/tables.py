@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'estimate', 'pick', 'modes', 'each_scope', 'accuracy_table', 'pass_table', 'numbers', 'by_row', 'paired',
-           'difference_table', 'behaviours_in', 'share_table', 'training_table', 'shares_over_training', 'smooth',
-           'payoff_table', 'kind_of', 'lot', 'sample_table', 'run_line', 'run_table', 'all_tables']
+           'difference_table', 'seed_table', 'share_table', 'run_line', 'run_table', 'all_tables']
 
 # %% ../../nbs/studies/07_tables.ipynb #32240b0a
 # the types of pandas are unions too wide to be checked
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.stats import Interval, bootstrap, over_seeds, paired_difference, pass_at_k, wilson
-from ..data.behaviours import BEHAVIOURS
 from .records import Record, Study, chance_of, is_rewarded, rewards_of, scopes
+from .traces import behaviours_in, payoff_table, shares_over_training, training_table
 
 # %% ../../nbs/studies/07_tables.ipynb #31bb5ba0
 def estimate(
@@ -165,15 +163,19 @@ def difference_table(
             lines.append({**key, "rewarded": is_rewarded(key["task"], study.target), **found})
     return pd.DataFrame(lines, columns=[*columns, "seeds", "seeds low", "seeds high", "rows"])
 
+# %% ../../nbs/studies/07_tables.ipynb #4eb1f7e5
+def seed_table(
+    study: Study,  # an open study
+) -> pd.DataFrame:  # one line per arm, task, mode and seed
+    "Accuracy of every run."
+    lines = []
+    for key, table in each_scope(study):
+        for seed, part in table.groupby("seed"):
+            right = estimate(part["correct"], part["row_id"])
+            lines.append({**key, "seed": seed, **numbers(right, "accuracy")})
+    return pd.DataFrame(lines)
+
 # %% ../../nbs/studies/07_tables.ipynb #49b01fae
-def behaviours_in(
-    names: Iterable[Any],  # names of behaviours, some of them missing
-) -> list[str]:  # those that occur, in the order of `data.behaviours`, then what is not known there
-    "The behaviours that occur."
-    found = {str(name) for name in names if isinstance(name, str)}
-    return [name for name in BEHAVIOURS if name in found] + sorted(found - set(BEHAVIOURS))
-
-
 def share_table(
     study: Study,  # an open study
 ) -> pd.DataFrame:  # one line per arm and behaviour; empty if no behaviour can be told
@@ -197,101 +199,6 @@ def share_table(
     return pd.DataFrame(
         lines, columns=["arm", "behaviour", "share", "low", "high", "change", "change low", "change high"]
     )
-
-# %% ../../nbs/studies/07_tables.ipynb #54701661
-def training_table(
-    study: Study,  # an open study
-) -> pd.DataFrame:  # arm, metric, step, mean, low, high, seeds
-    "Every metric over the steps: mean, least and greatest of the seeds."
-    columns = ["arm", "metric", "step", "mean", "low", "high", "seeds"]
-    if "step" not in study.metrics:
-        return pd.DataFrame(columns=columns)
-    values = study.metrics.drop(columns="seed").set_index(["arm", "step"]).apply(pd.to_numeric, errors="coerce")
-    long = values.rename_axis(columns="metric").stack().dropna().rename("value").reset_index()
-    found = (
-        long.groupby(["arm", "metric", "step"], sort=False)["value"].agg(["mean", "min", "max", "size"]).reset_index()
-    )
-    found.columns = columns
-    order = {arm: i for i, arm in enumerate(study.arms)}
-    return found.sort_values(
-        ["arm", "metric", "step"], key=lambda c: c.map(order) if c.name == "arm" else c, ignore_index=True
-    )
-
-
-def shares_over_training(
-    study: Study,  # an open study
-) -> pd.DataFrame:  # arm, step, then a column per behaviour; lines sum to 1
-    "Shares of behaviours over the steps, averaged over the seeds."
-    table = training_table(study)
-    table = table[table["metric"].str.startswith("behaviour/")]
-    table = table.assign(behaviour=table["metric"].str.removeprefix("behaviour/"))
-    names = behaviours_in(table.loc[table["mean"] > 0, "behaviour"].unique())
-    if not names:
-        return pd.DataFrame(columns=["arm", "step"])
-    # a behaviour that did not occur in a step may have no entry there: it counts 0 for that seed
-    runs = study.metrics[["arm", "seed", "step"]].assign(
-        **{name: pd.to_numeric(study.metrics[f"behaviour/{name}"], errors="coerce") for name in names}
-    )
-    runs = runs.dropna(subset=names, how="all").fillna(dict.fromkeys(names, 0.0))
-    return runs.groupby(["arm", "step"], sort=False)[names].mean().reset_index()
-
-
-def smooth(
-    shares: pd.DataFrame,  # from `shares_over_training`, one arm
-    window: int,  # steps
-) -> pd.DataFrame:  # the same lines; they still sum to 1
-    "A running mean over the steps."
-    names = [name for name in shares if name not in ("arm", "step")]
-    means = shares[names].rolling(window, center=True, min_periods=1).mean()
-    return shares.assign(**{str(name): means[name] for name in names})
-
-# %% ../../nbs/studies/07_tables.ipynb #a65bebeb
-def payoff_table(
-    study: Study,  # an open study
-) -> pd.DataFrame:  # one line per arm and behaviour; empty if no rollout has a behaviour
-    "Mean points and mean advantage of each behaviour in the stored training steps."
-    rollouts = study.rollouts
-    if "behaviour" not in rollouts or rollouts["behaviour"].isna().all():
-        return pd.DataFrame(columns=["arm", "behaviour", "completions", "points"])
-    values = {"points": ("reward", "mean")} | ({"advantage": ("advantage", "mean")} if "advantage" in rollouts else {})
-    found = rollouts.groupby(["arm", "behaviour"]).agg(completions=("reward", "size"), **values).reset_index()
-    order = [*study.arms, *behaviours_in(found["behaviour"])]
-    return found.sort_values(["arm", "behaviour"], key=lambda c: c.map(order.index), ignore_index=True)
-
-# %% ../../nbs/studies/07_tables.ipynb #3ce9cd62
-def kind_of(table: pd.DataFrame) -> pd.Series:
-    "The behaviour of each completion; where it cannot be told, its verdict."
-    verdict = (
-        table["correct"].map({1.0: "right", 0.0: "wrong"}).fillna("not scored").mask(table["parsed"] == 0, "no answer")
-    )
-    return table["behaviour"].where(table["behaviour"].notna(), verdict)
-
-
-def lot(*place: Any) -> str:
-    "A number drawn by a place: always the same, and blind to what stands there."
-    return hashlib.sha256("/".join(map(str, place)).encode()).hexdigest()
-
-
-def sample_table(
-    study: Study,  # an open study
-    per_kind: int = 2,  # completions of each arm and kind
-) -> pd.DataFrame:  # lines of the evaluation with columns `kind` and `share`, joined with their rows
-    "A few sampled completions of the rewarded task for each arm and behaviour."
-    tasks = next(iter(scopes(study).values()))
-    order = [*behaviours_in(study.evaluation["behaviour"].unique()), "right", "wrong", "no answer", "not scored"]
-    chosen = []
-    for arm in study.arms:
-        table = pick(study, arm, tasks, "sampled")
-        table = table.assign(
-            kind=kind_of(table),
-            lot=[lot(*p) for p in zip(table["row_id"], table["seed"], table["sample"], strict=True)],
-        )
-        shares = table["kind"].value_counts(normalize=True)
-        for kind in sorted(shares.index, key=order.index):
-            few = table[table["kind"] == kind].sort_values("lot").drop_duplicates("row_id").head(per_kind)
-            chosen.append(few.assign(share=shares[kind]))
-    rows = study.rows.drop(columns="task")
-    return pd.concat(chosen, ignore_index=True).merge(rows, on="row_id", how="left") if chosen else pd.DataFrame()
 
 # %% ../../nbs/studies/07_tables.ipynb #559f5dce
 def run_line(record: Record, reward: str | None) -> dict[str, Any]:
@@ -323,6 +230,7 @@ def run_table(
 TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
     "accuracy": accuracy_table,
     "pass_at_k": pass_table,
+    "seeds": seed_table,
     "difference": difference_table,
     "behaviours": share_table,
     "behaviours_over_training": shares_over_training,
