@@ -78,7 +78,7 @@ def execute(
 ) -> NotebookNode:  # the notebook with new outputs
     """Run a notebook from the top in a kernel of its own."""
     notebook = nbformat.read(path, 4)
-    metadata = dict(notebook.metadata)
+    metadata = {key: value for key, value in notebook.metadata.items() if key != "widgets"}
     held = [(cell, cell.source) for cell in notebook.cells if is_held(cell)]
     for cell, _ in held:
         cell.source = ""
