@@ -21,7 +21,7 @@ from ..core.settings import setting
 from ..core.rows import question_of
 from ..data.behaviours import MIXTURE, draw_demonstration
 from ..data.scenes import KINDS, scene_rng, scene_row, scene_rows
-from ..policy.families import load_policy
+from ..policy.families import load_policy, without_bars
 from ..policy.pocket import make_model, make_processor, train_tokenizer
 from .evaluate import evaluate
 from ..train.sft import Example, SFTSettings, train_sft
@@ -143,7 +143,8 @@ def save_whole(model: PreTrainedModel, processor: object, out: Path) -> None:
     "Write beside `out` first, so that an interrupted build leaves the old pocket as it was."
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
+    with without_bars():
+        model.save_pretrained(fresh)
     processor.save_pretrained(fresh)  # type: ignore[attr-defined]
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
