@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'MEASUREMENT', 'WANTED', 'RESUME', 'COMMANDS', 'EXITS', 'study_arguments', 'train_arguments',
-           'place_arguments', 'progress_bar', 'failures', 'check_policy', 'changes', 'read_study', 'do_study',
-           'rehearse', 'train_study', 'do_train', 'evaluate_arguments', 'do_evaluate', 'report_arguments',
+           'place_arguments', 'progress_bar', 'show_table', 'failures', 'check_policy', 'changes', 'read_study',
+           'do_study', 'rehearse', 'train_study', 'do_train', 'evaluate_arguments', 'do_evaluate', 'report_arguments',
            'check_study_folder', 'do_report', 'build_arguments', 'do_build', 'check_arguments', 'do_check', 'do_path',
            'overview', 'find_command', 'main', 'last_words']
 
@@ -84,6 +84,13 @@ def progress_bar(
         yield show
 
 
+def show_table(
+    table: Any,  # a data frame
+) -> None:
+    "Print a table for a terminal."
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+
+
 @contextmanager
 def failures() -> Iterator[None]:
     "Runs that failed are no bad input."
@@ -158,7 +165,7 @@ def train_study(
 ) -> tuple[Any, str, int]:  # a `StudyConfig`, the arm, the seed
     "The study that a training belongs to, and which of its runs it is."
     arm = args.arm or (args.reward or "").rpartition(":")[2]
-    given = ["save_checkpoints=true", *changes(args)]
+    given = ["save_checkpoints=true", "workers=1", *changes(args)]
     if args.config is None:
         given = [*alone(given, arm), *given]
     if args.reward:
@@ -174,13 +181,12 @@ def do_train(args: argparse.Namespace) -> None:
         if arm not in cfg.arms:
             raise ConfigError(f"arm {arm!r} is not in the study; {did_you_mean(arm, list(cfg.arms))}")
         return rehearse(replace(cfg, seeds=tuple(dict.fromkeys([*cfg.seeds, seed]))), args.root, (arm, seed))
-    from vlm_reward.core.stats import markdown_table
     from vlm_reward.studies.evaluate import summarise
     from vlm_reward.studies.study import run_one
 
     with failures():
         run = run_one(cfg, arm, seed, args.root)
-    print(markdown_table(summarise(run.table("evaluation"))))
+    show_table(summarise(run.table("evaluation")))
     print(f"\nrun: {run.path}")
     if (run.checkpoints / "final").is_dir():
         print(f"policy: {run.checkpoints / 'final'}")
@@ -206,12 +212,11 @@ def do_evaluate(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(f"# evaluation, digest {digest(cfg, ['out'])}\n{to_yaml(cfg)}# nothing was run, because of --dry-run")
         return
-    from vlm_reward.core.stats import markdown_table
     from vlm_reward.studies.evaluate import summarise
 
     with progress_bar("completions", cfg.n * (cfg.samples + cfg.greedy)) as show:
         table = completions_of(cfg, show)
-    print(markdown_table(summarise(table)))
+    show_table(summarise(table))
     if cfg.out is not None:
         print(f"\ncompletions: {save_completions(table, cfg.out)}")
 
@@ -290,13 +295,12 @@ def do_check(args: argparse.Namespace) -> None:
     check_policy(args.folder)
     if args.n < 1:
         raise ConfigError(f"n: want at least 1, got {args.n}")
-    from vlm_reward.core.stats import markdown_table
     from vlm_reward.studies.evaluate import summarise
     from vlm_reward.studies.pocket_build import check_pocket
 
     with progress_bar("completions") as show:
         table = summarise(check_pocket(args.folder, args.n, progress=show))
-    print(markdown_table(table))
+    show_table(table)
     found = [
         (task, mode, float(table.set_index("task").loc[task, mode]), low, high) for task, mode, low, high in WANTED
     ]
