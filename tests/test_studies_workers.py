@@ -153,9 +153,11 @@ def test_time_left_is_that_of_all_tasks(monkeypatch):
     monkeypatch.setattr("vlm_reward.studies.workers.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress({"a": 10, "b": 30}, stream=stream, every=1.0)
-    now[0] = 60.0
-    progress.tick("a", 10)
-    assert "about 3 min left" in stream.getvalue()
+    now[0] = 500.0  # loading takes its time, but only once
+    progress.tick("a", 4)
+    now[0] = 560.0
+    progress.tick("b", 10)
+    assert "about 3 min left" in stream.getvalue().splitlines()[-1]  # 10 ticks in 60 s, 26 to go
 
 
 @pytest.mark.parametrize("text", ["", "one", "two\nlines", "a\n\n b\t c"])

@@ -31,8 +31,8 @@ from ..core.rows import Row, question_of
 from ..core.runs import Run, environment
 from ..core.stats import markdown_table
 from ..core.store import cannot_write, json_bytes, locked, png_bytes, table_of, write_table, write_whole
-from ..core.terminal import Failure
 from ..data.behaviours import BEHAVIOURS, classify
+from ..core.terminal import Failure
 from ..policy.families import load_policy
 from ..rewards.presets import Preset
 from vlm_reward.studies.design import (
@@ -361,13 +361,9 @@ def overview(
 ) -> pd.DataFrame:  # one line per arm, all cells are text
     "What a study found, for a terminal."
     found = summary_of(study, tables)
-    columns = {
-        "pass@k": partial(most_tries, tables["pass_at_k"]),
-        "most forgotten": partial(most_lost, tables["difference"]),
-    }
-    for name, tell in columns.items():
-        found.insert(found.columns.get_loc("minutes"), name, [tell(arm) for arm in found["arm"]])
-    return found
+    tried = [most_tries(tables["pass_at_k"], arm) for arm in found["arm"]]
+    lost = [most_lost(tables["difference"], arm) for arm in found["arm"]]
+    return found.assign(**{"pass@k": tried, "most forgotten": lost})
 
 
 def most_tries(

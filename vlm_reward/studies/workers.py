@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -77,19 +78,21 @@ class Progress:
         every: float = 30.0,  # seconds between two lines where no task ended
     ):
         self.work, self.done, self.stream, self.every = dict(work), dict.fromkeys(work, 0), stream or sys.stderr, every
-        self.total, self.ended, self.start = sum(self.work.values()), 0, time.monotonic()
-        self.last = self.start
-        terminal = self.stream.isatty()
-        self.bar = tqdm(total=self.total, file=self.stream, unit="step", smoothing=0, dynamic_ncols=True) if terminal else None
+        self.total, self.ended, self.last = sum(self.work.values()), 0, time.monotonic()
+        self.first: tuple[float, int] | None = None  # when the first tick came, and what was done by then
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} so far{postfix}"
+        bar = partial(tqdm, total=self.total, file=self.stream, bar_format=form, dynamic_ncols=True)
+        self.bar = bar() if self.stream.isatty() else None
 
     def tick(self, name: str, done: int) -> None:
         "`done` ticks of task `name` are behind us."
         self.done[name] = min(done, self.work[name])
+        self.first = self.first or (time.monotonic(), sum(self.done.values()))
         busy = ", ".join(f"{n} {d}/{self.work[n]}" for n, d in self.done.items() if 0 < d < self.work[n])
         if self.bar is not None:
-            self.bar.set_postfix_str(busy, refresh=False)
+            self.bar.set_postfix_str(f"{self.left()[2:]} [{busy}]" if self.left() else busy, refresh=False)
             self.bar.update(sum(self.done.values()) - self.bar.n)
-        elif time.monotonic() - self.last > self.every:
+        elif busy and time.monotonic() - self.last > self.every:
             self.say(busy)
 
     def end(self, name: str, outcome: Outcome) -> None:
@@ -107,11 +110,12 @@ class Progress:
             print(f"{line} ({self.ended} of {len(self.work)} runs{self.left()})", file=self.stream, flush=True)
 
     def left(self) -> str:
-        "The time left, if it can be known."
+        "The time left, by the pace since the first tick: what comes before it, loading and starting, comes once."
+        start, before = self.first or (0.0, 0)
         done = sum(self.done.values())
-        if not done or done >= self.total:
+        if done <= before or done >= self.total:
             return ""
-        return f", about {short_time((time.monotonic() - self.start) * (self.total - done) / done)} left"
+        return f", about {short_time((time.monotonic() - start) * (self.total - done) / (done - before))} left"
 
     def close(self) -> None:
         "Leave the terminal clean."
