@@ -91,7 +91,7 @@ def test_trl_scores_and_adds_up_as_the_rubric_does(rubric, fresh_vlm, tiny_rows,
     line = next(x for x in trainer.state.log_history if "reward" in x)
     assert line["reward"] == pytest.approx(sum(totals) / 8, abs=1e-6)
     assert line["rewards/vowels/mean"] == pytest.approx(sum(points["vowels"]) / 8, abs=1e-6)
-    assert advantages_of(totals) == pytest.approx(logs["advantages"], abs=1e-4)
+    assert advantages_of(totals) == pytest.approx(list(logs["advantages"]), abs=1e-4)
 
 
 def advantages_of(totals):
@@ -122,7 +122,7 @@ def test_the_corner_in_which_trl_counts_an_unscorable_completion_as_zero(fresh_v
         trainer = train(rubric, fresh_vlm, [{**row, "solution": None} for row in tiny_rows], tmp_path)
         line = next(x for x in trainer.state.log_history if "reward" in x)
         assert line["reward"] == logged  # TRL writes None for NaN
-        assert trainer._logs["advantages"] == [0.0] * 8
+        assert list(trainer._logs["advantages"]) == [0.0] * 8
 
 
 def test_a_missing_column_stops_the_training_with_its_name(fresh_vlm, tiny_rows, tmp_path):
