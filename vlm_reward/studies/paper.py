@@ -33,13 +33,13 @@ BEHAVIOUR_COLOURS = {  # from the bottom of a stack to its top
 ARM_COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44")
 ARM_LINES = ("-", "--", "-.", (0, (1, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (6, 2)))
 MEANINGS = {
-    "grounded": "says where things are, then answers",
+    "grounded": "says where things are",
     "boxes": "says it with pixel boxes",
     "verbose": "says it twice",
     "malformed": "says it outside the think section",
     "contradiction": "answers against what it said",
     "hedge": "answers with both choices",
-    "bypass": "guesses without a word about the picture",
+    "bypass": "guesses without looking",
     "other": "none of these",
 }
 INK, FAINT, PAPER = "#1b1f24", "#8a9199", "#fdfefd"  # text, lines of lesser weight, ground

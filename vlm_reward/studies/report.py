@@ -68,7 +68,7 @@ def accuracy_text(accuracy: pd.DataFrame) -> pd.DataFrame:
         }
         for x in accuracy.to_dict("records")
     ]
-    return without_task(pd.DataFrame(lines))
+    return pd.DataFrame(lines)
 
 
 def difference_text(differences: pd.DataFrame) -> pd.DataFrame:
@@ -87,7 +87,7 @@ def difference_text(differences: pd.DataFrame) -> pd.DataFrame:
         }
         for x in differences.to_dict("records")
     ]
-    return without_task(pd.DataFrame(lines))
+    return pd.DataFrame(lines)
 
 
 def across(
@@ -153,10 +153,10 @@ def text_tables(study: Study, tables: Tables) -> dict[str, pd.DataFrame]:
     seeds = tables["seeds"].query("task == @target and mode == 'sampled'")
     return {
         "summary": summary_of(study, tables),
-        "accuracy": accuracy_text(tables["accuracy"][first]),
+        "accuracy": without_task(accuracy_text(tables["accuracy"][first])),
         "other tasks": accuracy_text(tables["accuracy"][~first]),
         "seeds": across(seeds, "seed", lambda x: percent(x["accuracy"])),
-        "difference": difference_text(tables["difference"][rewarded]),
+        "difference": without_task(difference_text(tables["difference"][rewarded])),
         "forgetting": difference_text(tables["difference"][~rewarded]),
         "pass": across(tables["pass_at_k"], "k", lambda x: percent_interval(interval_of(x, "pass@k"))),
         "behaviours": across(tables["behaviours"], "behaviour", lambda x: percent_interval(interval_of(x, "share"))),

@@ -236,6 +236,8 @@ def write_run(
         shares = slide(*ends, step / steps)
         lines = speak_lines(rng.sample(asked, min(8, len(asked))), speak, shares, 8, rng)
         records = pd.DataFrame([{**line, **points(line, parts or {})} for line in lines])
+        groups = records.groupby("row_id")["reward"]
+        records["advantage"] = (records["reward"] - groups.transform("mean")) / (groups.transform("std") + 1e-4)
         run.log(step, step_metrics(records, step / steps))
         run.log_time(step, {"seconds": 0.5})
         if step % 5 == 1 or step == steps:
