@@ -96,7 +96,7 @@ def test_our_subclass_does_not_change_trls_numbers(fresh_vlm, tiny_vlm, tiny_row
     theirs = plain_trl(fresh_vlm, tiny_rows, settings, tmp_path)
     args = trl_config(settings, str(tmp_path), weights=TWO.reward_weights)
     model = copy.deepcopy(tiny_vlm[0])
-    ours = Seeded(model, TWO.reward_funcs, args, rows=tiny_rows, processing_class=tiny_vlm[1])
+    ours = Seeded(model, TWO.reward_funcs, args, rows=tiny_rows, processing_class=tiny_vlm[1], share_prompts=False)
     with quiet():
         ours.train()
     assert len(ours.state.log_history) == len(theirs.state.log_history) == 4
@@ -109,7 +109,7 @@ def test_our_subclass_does_not_change_trls_numbers(fresh_vlm, tiny_vlm, tiny_row
 
 def test_reference_is_the_policy_as_it_came_in(fresh_vlm, tiny_rows, tmp_path):
     "TRL would load it from the folder in which the model was born."
-    model, processor = fresh_vlm
+    model, _processor = fresh_vlm
     model.save_pretrained(tmp_path)
     model.config._name_or_path = str(tmp_path)
     with torch.no_grad():
@@ -350,13 +350,47 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
 }
-METRICS = """loss grad_norm learning_rate epoch num_tokens completions/mean_length completions/min_length
-    completions/max_length completions/clipped_ratio completions/mean_terminated_length
-    completions/min_terminated_length completions/max_terminated_length rewards/vowels/mean rewards/vowels/std
-    rewards/capitals/mean rewards/capitals/std reward reward_std frac_reward_zero_std kl entropy clip_ratio/low_mean
-    clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean step step_time""".split()
-BATCH = """prompt_ids prompt_mask completion_ids completion_mask advantages num_items_in_batch ref_per_token_logps
-    pixel_values num_images""".split()
+METRICS = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "num_tokens",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+    "rewards/vowels/mean",
+    "rewards/vowels/std",
+    "rewards/capitals/mean",
+    "rewards/capitals/std",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+    "clip_ratio/region_mean",
+    "step",
+    "step_time",
+]
+BATCH = [
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "advantages",
+    "num_items_in_batch",
+    "ref_per_token_logps",
+    "pixel_values",
+    "num_images",
+]
 
 
 def test_trl_has_not_changed_under_us(fresh_vlm, tiny_rows, tmp_path, monkeypatch):
@@ -385,7 +419,7 @@ def test_trl_has_not_changed_under_us(fresh_vlm, tiny_rows, tmp_path, monkeypatc
 
 def test_every_setting_reaches_trl(tmp_path):
     "A setting that is changed must change TRL's config, unless it is ours alone."
-    ours = {"prompts_per_step", "replay", "replay_batch", "freeze_vision", "rollouts_every", "threads"}
+    ours = {"prompts_per_step", "replay", "replay_batch", "freeze_vision", "rollouts_every", "threads", "share_prompts"}
     new = dict(
         steps=7, group_size=6, lr=0.5, warmup=3, decay="cosine", temperature=0.5, max_new_tokens=9, loss_type="grpo",
         scale_rewards="batch", ratio_level="sequence", epsilon=0.1, epsilon_high=0.4, updates=3, beta=0.2,

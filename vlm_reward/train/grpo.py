@@ -59,6 +59,7 @@ class GRPOSettings:
     weight_decay: float = setting(0.0, "of AdamW", low=0)
     accumulate: int = setting(1, "micro-batches that a step is split into, to save memory", low=1)
     rollouts_every: int = setting(1, "store the completions of every n-th step; 0 stores none", low=0)
+    share_prompts: bool = setting(True, "read the prompt of a group once, where that gives the same numbers")
     threads: int | None = setting(None, "CPU threads; null leaves them as they are")
     seed: int = setting(0, "of order and sampling", low=0)
     trl: dict[str, Any] = setting({}, "further fields of TRL's GRPOConfig, by name")  # noqa: RUF009
@@ -254,6 +255,7 @@ def train_grpo(
             [checked(f) for f in rubric.reward_funcs],
             trl_config(settings, folder, weights=rubric.reward_weights, banned=image_token_ids(model)),
             rows=rows,
+            share_prompts=settings.share_prompts,
             recorder=Recorder(run, classify, behaviours, settings.rollouts_every, progress),
             replay=kept if settings.replay else None,
             processing_class=processor,

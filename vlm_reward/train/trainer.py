@@ -16,20 +16,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
-from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from ..core.rows import Row
 from ..core.runs import Run
 from .advantage import total_reward
 from .sft import Example, encode_examples
+from .sharing import SharingTrainer
 
 # %% ../../nbs/train/05_trainer.ipynb #a13cb6cc
 def asked_columns(
@@ -107,14 +108,15 @@ def is_news(record: logging.LogRecord) -> bool:
 def quiet() -> Iterator[None]:
     "No progress bars of transformers, no warnings about names that TRL still uses, no page for every unscored row."
     shown, trl_logger = transformers_logging.is_progress_bar_enabled(), logging.getLogger("trl.trainer.grpo_trainer")
+    news = partial(is_news)  # an object of its own, so that `quiet` can be nested
     transformers_logging.disable_progress_bar()
-    trl_logger.addFilter(is_news)
+    trl_logger.addFilter(news)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
             yield
     finally:
-        trl_logger.removeFilter(is_news)
+        trl_logger.removeFilter(news)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -187,8 +189,8 @@ def step_seed(
     return (seed * 100_003 + step) % 2**32
 
 
-class RewardTrainer(GRPOTrainer):
-    "TRL's GRPOTrainer that keeps rows in memory, replays examples and writes down what happens."
+class RewardTrainer(SharingTrainer):
+    "TRL's GRPOTrainer that replays examples and writes down what happens."
 
     def __init__(
         self,
@@ -196,26 +198,22 @@ class RewardTrainer(GRPOTrainer):
         reward_funcs: Any,  # as TRL takes them, e.g. `rubric.reward_funcs`
         args: GRPOConfig | None = None,
         *,
-        rows: Sequence[Row] | None = None,  # what to train on; None leaves it to TRL's `train_dataset`
         recorder: Recorder | None = None,  # where steps are written down
         replay: Replay | None = None,  # examples to be kept
-        **trl: Any,  # what else GRPOTrainer takes
+        **more: Any,  # `rows`, `share_prompts`, and what else GRPOTrainer takes
     ):
-        if rows is not None:
-            trl["train_dataset"] = Dataset.from_dict({"index": range(len(rows))})
         with quiet(), as_reference(model, args):
-            super().__init__(model, reward_funcs, args, **trl)
-        self.rows, self.recorder, self.replay = rows, recorder or Recorder(), replay
+            super().__init__(model, reward_funcs, args, **more)
+        self.recorder, self.replay = recorder or Recorder(), replay
         self.clock = time.perf_counter()
         self.add_callback(StepSeed())
         self.remove_callback(PrinterCallback)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.rows is not None and "index" in inputs[0]:
-            inputs = [dict(self.rows[item["index"]]) for item in inputs]
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self.write_down(inputs, output["completion_mask"].sum(1).tolist())
+            rows = [self.rows[item["index"]] for item in inputs] if self.rows is not None else inputs
+            self.write_down(rows, output["completion_mask"].sum(1).tolist())
         return output
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
