@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -11,13 +12,14 @@ from typing import Any
 import nbdev.serve
 import nbdev.showdoc
 from fastcore.docments import docments
+from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, add_fold, mv_exports
-from nbdev.showdoc import BasicMarkdownRenderer
 
 WIDTH = 92  # of a signature, in characters
 EMPTY = inspect.Parameter.empty
+EXPORTED = {"export", "exports", "exporti"}
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -154,12 +156,20 @@ def call_names(
     return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
 
-class Renderer(BasicMarkdownRenderer):
+class Renderer:
     """What `show_doc` writes into a page."""
+
+    def __init__(
+        self,
+        sym: Any,  # a function or class
+        name: str | None = None,  # how to call it, if not by its own name
+        title_level: int = 3,  # of the heading
+    ):
+        self.sym, self.nm, self.title_level = sym, name or sym.__qualname__, title_level
 
     def _repr_markdown_(self) -> str:
         """Heading with a link to the source, signature, docstring, parameters, members."""
-        link = NbdevLookup().code(self.fn)
+        link = NbdevLookup().code(self.nm)
         heading = f"{'#' * self.title_level} {self.nm} {{.api}}"
         source = f"::: {{.source-link}}\n[source]({link})\n:::" if link else ""
         parts = [
@@ -180,12 +190,16 @@ def only_imports(
 
 
 class ShowSource(Processor):
-    """Keep the code of exported cells in the page, unless they only import."""
+    """Keep the code of exported cells in the page, unless they only import; run these cells and no others."""
 
     def begin(self) -> None:
         """Turn `export` into `exports`, nbdev's word for an exported cell whose code is shown."""
         for cell in self.nb.cells:
-            if cell.cell_type == "code" and "export" in cell.directives_ and not only_imports(cell.source):
+            if cell.cell_type != "code" or "show_doc(" in cell.source:
+                continue
+            if not EXPORTED & cell.directives_.keys():
+                cell.directives_["eval:"] = ["false"]
+            elif "export" in cell.directives_ and not only_imports(cell.source):
                 cell.directives_["exports"] = cell.directives_.pop("export")
 
 
@@ -196,6 +210,27 @@ def fold_source(cell: Any) -> None:
         documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         if any(isinstance(node, documented) and not node.name.startswith("_") for node in tree.body):
             cell.source = f"#| code-fold: true\n#| code-summary: Source\n{cell.source}"
+
+
+@functools.cache
+def chapter_addresses() -> dict[str, str]:
+    """Map names of modules to the addresses of their chapters, from the root of the site."""
+    root = get_config().nbs_path
+    paths = [path.relative_to(root) for path in root.rglob("[!_.]*.ipynb")]
+    return {".".join([*path.parts[:-1], path.stem.lstrip("0123456789_")]): f"/{path.as_posix()}" for path in paths}
+
+
+def link_chapters(cell: Any) -> None:
+    """Turn a module's name in the prose, such as `core.rows`, into a link to its chapter."""
+
+    def link(found: re.Match) -> str:
+        address = chapter_addresses().get(found[1]) if "." in found[1] else None
+        return f"[{found[0]}]({address})" if address else found[0]
+
+    if cell.cell_type == "markdown":
+        pieces = re.split(r"(^```.*?^```)", cell.source, flags=re.M | re.S)
+        named = r"(?<!\[)`(?:vlm_reward\.)?([a-z_]+\.[a-z_]+)`"
+        cell.source = "".join(p if p.startswith("```") else re.sub(named, link, p) for p in pieces)
 
 
 class Arrange(Processor):
@@ -221,7 +256,7 @@ class BookFilter(FilterDefaults):
     def base_procs(self) -> list:
         """List the processors in their order."""
         ours = {add_fold: fold_source, mv_exports: Arrange}
-        return [ShowSource, *(ours.get(processor, processor) for processor in super().base_procs())]
+        return [ShowSource, *(ours.get(processor, processor) for processor in super().base_procs()), link_chapters]
 
 
 def process() -> None:

@@ -37,7 +37,8 @@ def process() -> None:
     command = [sys.executable, "-c", "import book; book.process()"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit("nbdev stopped:\n" + done.stderr.rpartition("\nException: ")[2])
+        lines = dict.fromkeys(line for line in done.stderr.splitlines() if not line.startswith("  "))
+        raise SystemExit("\n".join(["nbdev stopped:", *lines]))
 
 
 def leaves(
@@ -124,7 +125,7 @@ class Links:
         if file.startswith(self.base):
             file = relative(Path(file[len(self.base) :] or "index.html"), page)
         elif file.endswith(".ipynb") and "://" not in file:
-            source = Path(os.path.normpath(page.source.parent / file))
+            source = Path(file[1:] if file.startswith("/") else os.path.normpath(page.source.parent / file))
             if source in self.pages:
                 file = relative(self.pages[source].address, page)
             else:
