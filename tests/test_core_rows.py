@@ -8,7 +8,7 @@ import pickle
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -196,7 +196,7 @@ def test_junk_passes_or_is_told_in_one_line(column, value):
         ),
         ({"choices": "left"}, "choices is 'left': want a list of texts"),
         ({"answer_type": "Choice"}, "answer_type is 'Choice': choose one of choice, choices, number"),
-        ({"images": []}, "placeholders for 1 images; make it with make_prompt(question, 0)"),
+        ({"images": []}, "the prompt has 1 placeholders for 0 images; make it with make_prompt(question, 0)"),
         ({"images": [picture(), b"not an image"]}, "row 'set/0': images: b'not an image': not an image"),
         ({"images": ["nowhere.png"]}, "row 'set/0': images: 'nowhere.png': no such image file"),
         ({"images": picture()}, "want a list of images"),
@@ -312,6 +312,9 @@ plain = st.recursive(
 
 @given(st.lists(plain, min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
+@example([{"\0": None}])
+@example([[1, 2.5], [3]])
+@example([float("inf"), 2**62])
 def test_any_plain_column_comes_back_equal(values):
     rows = [good_row(id=str(i), extra=value) for i, value in enumerate(values)]
     back = from_dataset(to_dataset(rows))

@@ -46,7 +46,8 @@ def _as_arrow(name: str, values: list[Any]) -> tuple[list[Any], Any]:
     try:
         values = [_as_lists(value) for value in values]
         array = pa.array(values)
-        if repr(array.to_pylist()) == repr(values):
+        text = repr(values)
+        if repr(array.to_pylist()) == text and "\\x00" not in text:  # Arrow cuts off keys at a zero character
             return values, generate_from_arrow_type(array.type)
     except (pa.ArrowException, OverflowError):
         pass

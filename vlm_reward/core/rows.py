@@ -292,8 +292,8 @@ def _check_placeholders(row: Row) -> None:
         return
     count = sum(part["type"] == "image" for message in row["prompt"] for part in _parts(message))
     if count != len(row["images"]):
-        remedy = f"the prompt has placeholders for {count} images; make it with make_prompt(question, {len(row['images'])})"
-        raise _row_error(row, "images", remedy)
+        have = f"the prompt has {count} placeholders for {len(row['images'])} images"
+        raise RowError(f"row {row['id']!r}: {have}; make it with make_prompt(question, {len(row['images'])})")
 
 
 def _check_choices(row: Row) -> None:
