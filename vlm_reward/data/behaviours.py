@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..core.response import Response, parse_response
 from ..core.rows import Row
-from .scenes import AXES, CELL, COLOURS, COLUMNS, OPPOSITES, ROWS, SHAPES, relation_between, scene_rng
+from .scenes import AXES, CELL, COLOURS, COLUMNS, OPPOSITES, ROWS, SHAPES, relation_between
 
 # %% ../../nbs/data/01_behaviours.ipynb #d8ed7fbb
 BEHAVIOURS = ("grounded", "boxes", "verbose", "bypass", "contradiction", "hedge", "malformed", "other")
@@ -103,7 +103,12 @@ def read_claim(words: Sequence[str], i: int) -> Claim | None:
     if len(after) == 2 and after[0] in COLUMNS and after[1] in ROWS:
         return name, (after[0], after[1]), "words"
     before = words[max(0, i - 5) : i]
-    if len(before) == 5 and before[0] == "[" and after[:1] == ["]"] and all(w.isascii() and w.isdigit() for w in before[1:]):
+    if (
+        len(before) == 5
+        and before[0] == "["
+        and after[:1] == ["]"]
+        and all(w.isascii() and w.isdigit() for w in before[1:])
+    ):
         return name, box_cell([min(int(w[:4]), 9999) for w in before[1:]]), "box"
     return None
 

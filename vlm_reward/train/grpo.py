@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, TrainerCallback
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from ..core.rows import Row
 from ..core.runs import Run
@@ -45,9 +45,9 @@ class GRPOSettings:
     decay: Literal["constant", "linear", "cosine"] = setting("constant", "how it falls after the warm-up")
     temperature: float = setting(1.0, "of sampling, above 0", low=1e-3)
     max_new_tokens: int = setting(48, "cut completions off here", low=1)
-    loss_type: LossType = setting("dapo", "how the loss of tokens is averaged")  # noqa: RUF009
-    scale_rewards: Scale = setting("group", "spread that advantages are divided by")  # noqa: RUF009
-    ratio_level: Level = setting("token", "probability ratio per token or per completion")  # noqa: RUF009
+    loss_type: LossType = setting("dapo", "how the loss of tokens is averaged")
+    scale_rewards: Scale = setting("group", "spread that advantages are divided by")
+    ratio_level: Level = setting("token", "probability ratio per token or per completion")
     epsilon: float = setting(0.2, "lower clip of the ratio", low=0)
     epsilon_high: float | None = setting(None, "upper clip of the ratio; null takes epsilon")
     updates: int = setting(1, "updates with the same completions", low=1)
@@ -62,7 +62,7 @@ class GRPOSettings:
     share_prompts: bool = setting(True, "read the prompt of a group once, where that gives the same numbers")
     threads: int | None = setting(None, "CPU threads; null leaves them as they are")
     seed: int = setting(0, "of order and sampling", low=0)
-    trl: dict[str, Any] = setting({}, "further fields of TRL's GRPOConfig, by name")  # noqa: RUF009
+    trl: dict[str, Any] = setting({}, "further fields of TRL's GRPOConfig, by name")
 
 # %% ../../nbs/train/03_grpo.ipynb #e45a7608
 def completion_logprobs(
@@ -181,10 +181,10 @@ def trl_config(
         "reward_weights": list(weights) if weights is not None else None,
         "use_cpu": not torch.cuda.is_available(),
     }
-    plain = {"bf16": False, "gradient_checkpointing": None, "logging_steps": 1, "save_strategy": "no"}
+    plain: dict[str, Any] = {"bf16": False, "gradient_checkpointing": None, "logging_steps": 1, "save_strategy": "no"}
     plain |= {"report_to": "none", "disable_tqdm": True}
     ban = {"suppress_tokens": list(banned)} if banned else {}
-    kept = {"generation_kwargs": ban | (s.trl.get("generation_kwargs") or {})}
+    kept: dict[str, Any] = {"generation_kwargs": ban | (s.trl.get("generation_kwargs") or {})}
     return GRPOConfig(**(words | plain | s.trl | kept))
 
 
@@ -266,4 +266,4 @@ def train_grpo(
             trainer.train()
         finally:
             release(model)
-    return trainer.model.eval()  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
+    return trainer.model.eval()
