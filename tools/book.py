@@ -123,12 +123,11 @@ def parameter_table(
     notes, told = docments(symbol, full=True, returns=not inspect.isclass(symbol)), helps(symbol)
     rows = []
     for name, note in notes.items():
-        note = {key: EMPTY if note.get(key) is None and key != "default" else note.get(key) for key in note}
-        said = "" if note["docment"] is EMPTY else str(note["docment"])
+        said = "" if note["docment"] in (EMPTY, None) else str(note["docment"])
         label = "*returns*" if name == "return" else f"`{name}`"
         default = "" if name == "return" else default_text(note.get("default", EMPTY))
         meaning = cell_text(said or told.get(name, ""))
-        if name not in ("self", "cls"):
+        if name not in ("self", "cls") and (meaning or note["anno"] is not None):
             rows.append((label, code_cell(type_text(note["anno"])), code_cell(default), meaning))
     if not any(row[3] for row in rows):
         return ""
@@ -145,7 +144,10 @@ def method_table(
         if name.startswith("_") or not inspect.isfunction(plain) or not plain.__doc__:
             continue
         called = name if isinstance(member, property) else f"{name}({', '.join(call_names(plain))})"
-        rows.append((code_cell(called), cell_text(inspect.cleandoc(plain.__doc__).partition("\n")[0])))
+        anchor = f"{symbol.__qualname__}.{name}".lower()  # where links to `Class.method` lead
+        rows.append(
+            (f"[{code_cell(called)}]{{#{anchor}}}", cell_text(inspect.cleandoc(plain.__doc__).partition("\n")[0]))
+        )
     return table_text(rows, ("Member", "Meaning")) if rows else ""
 
 

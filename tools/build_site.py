@@ -25,7 +25,7 @@ from pages import Page, Unsupported, page_markdown
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSED, DOCS = ROOT / "_proc", ROOT / "_docs"
 PARTS = Path(__file__).with_name("site")
-DIALECT = "markdown+tex_math_single_backslash+autolink_bare_uris"
+DIALECT = "markdown+tex_math_single_backslash"
 COPIED = (".svg", ".png", ".jpg", ".webp", ".gif", ".css")
 
 

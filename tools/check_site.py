@@ -109,7 +109,7 @@ class Inspector:
     ) -> None:
         """Open a page and probe it."""
         self.at = page
-        tab.goto(self.base + page, wait_until="networkidle")
+        tab.goto(self.base + page, wait_until="load")
         seen = tab.evaluate(PROBE)
         for name, found in seen["problems"].items():
             for item in found:

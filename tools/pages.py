@@ -69,6 +69,11 @@ class Page:
         """The one sentence under the heading."""
         return self.meta.get("description", "")
 
+    @property
+    def lead(self) -> str:
+        """That sentence as HTML."""
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.description))
+
 
 def plain(
     content: str | list[str],  # text as the notebook format stores it

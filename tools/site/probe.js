@@ -6,7 +6,7 @@
     copy.querySelectorAll("annotation, code").forEach((part) => part.remove());
     return copy.textContent;
   });
-  const raw = /\$\$|\\frac|\\text|:::|\{#|\{\.|\{\{<|\]\(|@(fig|eq|tbl|sec)-/;
+  const raw = /`|\$\$|\\frac|\\text|:::|\{#|\{\.|\{\{<|\]\(|@(fig|eq|tbl|sec)-/;
   const ids = all("[id]").map((element) => element.id);
 
   // contrast of text with what lies behind it

@@ -57,6 +57,10 @@ menu.addEventListener("click", () => {
   menu.setAttribute("aria-expanded", document.body.classList.toggle("menu-open"));
 });
 
+const side = document.getElementById("quarto-sidebar");
+const active = side.querySelector(".active");
+if (active && active.offsetTop > side.clientHeight * 0.6) side.scrollTop = active.offsetTop - side.clientHeight / 2;
+
 for (const block of document.querySelectorAll("pre.cell-code")) {
   const button = document.createElement("button");
   button.type = "button";
