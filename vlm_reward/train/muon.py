@@ -86,6 +86,8 @@ class Muon(torch.optim.AdamW):
 
     def averaged(self, p: Tensor) -> Tensor:
         "The averaged gradient of `p`, looking one step ahead (Nesterov)."
-        average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - self.momentum)
-        return p.grad.lerp(average, self.momentum)
+        state = self.state[p]
+        if not state:
+            state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # AdamW looks for a step when it loads
+        state["momentum"].lerp_(p.grad, 1 - self.momentum)
+        return p.grad.lerp(state["momentum"], self.momentum)
