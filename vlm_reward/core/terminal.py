@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'MISSING', 'QUIET', 'LIGHT', 'Failure', 'exit_code', 'tell', 'hush', 'Parser', 'Command', 'without_methods',
            'names_in', 'source_of', 'definition', 'read_name', 'settings_class', 'make_parser', 'nearest',
-           'parse_words']
+           'parse_words', 'progress_bars', 'show_table']
 
 # %% ../../nbs/core/08_terminal.ipynb #414c8055
 import argparse
@@ -15,7 +15,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -219,3 +220,30 @@ def parse_words(
         raise ConfigError(f"argument {word!r}: unknown; {nearest(word, flags, f'see vlm-reward {name} --help')}")
     args.overrides = overrides
     return args
+
+# %% ../../nbs/core/08_terminal.ipynb #ea357288
+@contextmanager
+def progress_bars() -> Iterator[Callable[..., None]]:  # to be told (what, done, total, note)
+    "Show progress on standard error, one bar for each `what`; nothing is shown before something is done."
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(what: str, done: int, total: int | None = None, note: str = "") -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=total, unit="")
+        bars[what].set_postfix_str(note, refresh=False)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def show_table(
+    table: Any,  # a data frame
+) -> None:
+    "Print a table for a terminal."
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
