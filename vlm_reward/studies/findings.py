@@ -104,7 +104,7 @@ def accuracy_words(
     tables: Tables,  # its tables
     arm: str,  # name of an arm
 ) -> str:  # a clause
-    "What happened to accuracy."
+    "What happened to accuracy: sampled first, then greedy."
     task = next(iter(scopes(study)))
     line = first_line(tables["difference"], arm, task)
     if line is None:
@@ -114,7 +114,10 @@ def accuracy_words(
     words = change_words("accuracy", rows, line["before"], line["after"])
     if direction(rows) and line["seeds"] > 1 and not direction(seeds):
         words += f" (over its {line['seeds']} seeds the interval is wider and holds 0: {points_interval(seeds)})"
-    return words
+    greedy = tables["difference"].query("arm == @arm and task == @task and mode == 'greedy'")
+    if line["mode"] == "greedy" or greedy.empty:
+        return words
+    return f"{words}; greedy {points_interval(interval_of(greedy.iloc[0], 'difference'))} points"
 
 
 def behaviour_words(
@@ -130,7 +133,8 @@ def behaviour_words(
     clear = lines[[direction(interval_of(line, "change", "change ")) != 0 for _, line in lines.iterrows()]]
     if clear.empty:
         return "no behaviour clearly changes its share"
-    largest = clear.reindex(clear["change"].abs().sort_values(ascending=False).index).head(most)
+    order = clear["change"].abs().where(clear["behaviour"] != "bypass", np.inf)  # the one that every reader asks for
+    largest = clear.loc[order.sort_values(ascending=False, kind="stable").index].head(most)
     pairs = zip(largest["behaviour"], largest["share"] - largest["change"], largest["share"], strict=True)
     return "behaviours: " + ", ".join(f"{n} {percent(abs(a), 0)} to {percent(b, 0)}" for n, a, b in pairs)
 
@@ -150,22 +154,19 @@ def chance_words(
 # %% ../../nbs/studies/08_findings.ipynb #d839fccf
 def forgetting_words(
     tables: Tables,  # tables of a study
+    most: int = 4,  # losses to name
 ) -> str:  # a sentence; empty if no other skill was measured
     "What was forgotten."
     lines = tables["difference"]
-    lines = lines[(lines["mode"] == "sampled") & ~lines["rewarded"].astype(bool)].sort_values("difference")
-    if lines.empty:
-        return ""
+    lines = lines[~lines["rewarded"].astype(bool)].sort_values("difference").to_dict("records")
     said = [
-        f"{x['task']} {points_interval(interval_of(x, 'difference'))} points with {x['arm']}"
-        for _, x in lines.iterrows()
+        f"{x['task']} {points_interval(interval_of(x, 'difference'))} points with {x['arm']} ({x['mode']})" for x in lines
     ]
-    lost = [
-        text for text, (_, x) in zip(said, lines.iterrows(), strict=True) if direction(interval_of(x, "difference")) < 0
-    ]
+    lost = [text for text, x in zip(said, lines, strict=True) if direction(interval_of(x, "difference")) < 0]
     if lost:
-        return "lost: " + "; ".join(lost)
-    return f"no clear loss; the lowest is {said[0]}"
+        more = f"; and {len(lost) - most} more" if len(lost) > most else ""
+        return f"lost: {'; '.join(lost[:most])}{more}"
+    return f"no clear loss; the lowest is {said[0]}" if said else ""
 
 # %% ../../nbs/studies/08_findings.ipynb #c72181f8
 def run_notes(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEHAVIOUR_COLOURS', 'ARM_COLOURS', 'ARM_LINES', 'MEANINGS', 'INK', 'FAINT', 'PAPER', 'STYLE', 'FONTS', 'PAPERS',
-           'Pen', 'pens', 'behaviour_colour', 'ink_on', 'stack_order', 'canvas', 'svg_of', 'svg_uri']
+           'Pen', 'pens', 'behaviour_colour', 'ink_on', 'stack_order', 'canvas', 'svg_of', 'png_of', 'svg_uri']
 
 # %% ../../nbs/studies/16_paper.ipynb #b805899f
 import base64
@@ -135,6 +135,17 @@ def svg_of(
     text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
     text = re.sub(r"'DejaVu Sans'", FONTS, text)
     return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + PAPERS, text, count=1)
+
+
+def png_of(
+    figure: Figure,  # drawn in `STYLE`
+    dpi: int = 110,  # dots per inch
+) -> bytes:  # a PNG on white
+    "Write a figure as PNG, for places that know no SVG."
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()
 
 
 def svg_uri(
