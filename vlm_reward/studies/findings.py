@@ -160,7 +160,8 @@ def forgetting_words(
     lines = tables["difference"]
     lines = lines[~lines["rewarded"].astype(bool)].sort_values("difference").to_dict("records")
     said = [
-        f"{x['task']} {points_interval(interval_of(x, 'difference'))} points with {x['arm']} ({x['mode']})" for x in lines
+        f"{x['task']} {points_interval(interval_of(x, 'difference'))} points with {x['arm']} ({x['mode']})"
+        for x in lines
     ]
     lost = [text for text, x in zip(said, lines, strict=True) if direction(interval_of(x, "difference")) < 0]
     if lost:

@@ -237,7 +237,8 @@ def write_run(
         lines = speak_lines(rng.sample(asked, min(8, len(asked))), speak, shares, 8, rng)
         records = pd.DataFrame([{**line, **points(line, parts or {})} for line in lines])
         groups = records.groupby("row_id")["reward"]
-        records["advantage"] = (records["reward"] - groups.transform("mean")) / (groups.transform("std") + 1e-4)
+        mean, spread = (groups.transform(name).to_numpy() for name in ("mean", "std"))
+        records["advantage"] = (records["reward"] - mean) / (spread + 1e-4)
         run.log(step, step_metrics(records, step / steps))
         run.log_time(step, {"seconds": 0.5})
         if step % 5 == 1 or step == steps:
