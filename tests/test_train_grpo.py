@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vlm_reward.core.runs import Run
 from vlm_reward.train.grpo import GRPOSettings, checked, cpu_threads, grpo_step, train_grpo, trl_config
+from vlm_reward.train.sharing import PLAIN_INPUTS
 from vlm_reward.train.trainer import RewardTrainer, quiet, step_seed
 
 SMALL = GRPOSettings(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3)
@@ -349,6 +350,14 @@ SIGNATURES = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
     "log": ["self", "logs", "start_time"],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
 }
 METRICS = [
     "loss",
@@ -396,6 +405,11 @@ BATCH = [
 def test_trl_has_not_changed_under_us(fresh_vlm, tiny_rows, tmp_path, monkeypatch):
     for name, parameters in SIGNATURES.items():
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters, name
+    scored = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert scored[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert set(scored[6:]) == {*PLAIN_INPUTS, "compute_entropy", "compute_aux_loss", "pixel_values", "num_images"} - {
+        "tool_mask"
+    }
     made = []
     score = GRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(

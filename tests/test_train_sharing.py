@@ -160,9 +160,11 @@ def run(vlm, rows, **changed):
     return model, log, [str(w.message) for w in told if "read once per completion" in str(w.message)]
 
 
-@pytest.mark.parametrize("changed", [{"beta": 0.1}, {"accumulate": 2}, {"updates": 2}, {"temperature": 0.6}], ids=str)
-def test_training(tiny_vlm, changed):
-    rows = make_rows(6, 1)
+@pytest.mark.parametrize(
+    "pictures, changed", [(1, {"beta": 0.1}), (1, {"accumulate": 2, "temperature": 0.6}), (0, {}), (2, {"updates": 2})]
+)
+def test_training(tiny_vlm, pictures, changed):
+    rows = make_rows(6, pictures)
     shared, log, told = run(tiny_vlm, rows, **changed)
     plain, expected, _ = run(tiny_vlm, rows, share_prompts=False, **changed)
     assert not told

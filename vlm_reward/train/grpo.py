@@ -79,7 +79,7 @@ def completion_logprobs(
 
 
 def grpo_step(
-    model: PreTrainedModel,  # changed in place
+    model: Any,  # the policy, changed in place
     processor: Any,  # its processor
     rows: Sequence[Row],  # the prompts of this step
     rubric: Any,  # with `.reward_funcs` and `.reward_weights`

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..core.rows import Row
 
@@ -195,6 +196,9 @@ def same_words(model: Any, inputs: dict[str, Any], size: int = 2, words: int = 4
 # %% ../../nbs/train/06_sharing.ipynb #7a443be4
 class SharingTrainer(GRPOTrainer):
     "TRL's GRPOTrainer that keeps rows in memory and reads the prompt of a group once."
+
+    model: Any
+    num_generations: int
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from ..core.rows import Row
 from ..core.runs import Run
