@@ -40,7 +40,7 @@ format: venv ## format notebooks, tests and tools
 lint: venv ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 synced: venv ## modules and README.md are what the chapters export
 	$(BIN)/python tools/synced.py

@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_reward import cli
 from vlm_reward.core.config import load_config, plain
 from vlm_reward.core.settings import describe_fields, type_name
-from vlm_reward.core.terminal import read_name, settings_class
+from vlm_reward.core.source import read_name, settings_class
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = sorted({command.settings for command in cli.COMMANDS.values() if command.settings})
@@ -195,7 +195,7 @@ def test_bad_files_are_refused(call, tmp_path, text, parts):
 def test_words_that_name_nothing_are_refused(call, tiny):
     refused(call("stduy"), "'stduy'", "did you mean study")
     refused(call("pocket"), "build")
-    refused(call("pocket", "bild"), "'bild'", "did you mean build")
+    refused(call("pocket", "bild"), "'pocket bild'", "did you mean pocket build")
     refused(call("study"), "CONFIG", "--help")
     refused(call("study", "tinny.yaml"), "tinny.yaml", "did you mean", "tiny.yaml")
     refused(call("study", tiny, "--dryrun"), "--dryrun", "did you mean --dry-run")

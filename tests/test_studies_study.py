@@ -20,6 +20,7 @@ from vlm_reward.core.runs import Run, RunError
 from vlm_reward.core.store import locked
 from vlm_reward.studies import study as chapter
 from vlm_reward.studies.design import StudyConfig, load_ground, load_study, plan, study_folder
+from vlm_reward.studies.job import stage_run, target_completion
 from vlm_reward.studies.study import (
     StudyError,
     arrange,
@@ -27,8 +28,6 @@ from vlm_reward.studies.study import (
     open_jobs,
     open_study,
     run_one,
-    stage_run,
-    target_completion,
 )
 
 REWARDS = """
@@ -398,6 +397,32 @@ def test_rows_are_stored_whole(make, tmp_path):
     assert list(pd.read_parquet(folder / "training.parquet")["row_id"]) == [row["id"] for row in ground.training]
     assert yaml.safe_load((folder / "study.yaml").read_text())["data"]["name"] == "scenes/relation"
     assert load_study(folder / "study.yaml") == cfg
+
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "algopuzzle"
+
+
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="the AlgoPuzzleVQA folder ../shared/data/algopuzzle is not beside this checkout"
+)
+def test_real_pictures_and_questions(make, tmp_path, caplog):
+    cfg = make(
+        data={"name": "algopuzzle/clock", "n": 4, "local": str(REAL)},
+        eval={"tasks": {"algopuzzle/clock": None}, "samples": 2, "max_new_tokens": 8},
+        sft={"steps": 1, "batch_size": 2},
+    )
+    folder = do(cfg, tmp_path)
+    told = [record for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) == 1, "rows without pictures are told once, whatever is loaded how often"
+    rows = pd.read_parquet(folder / "rows.parquet")
+    assert set(rows["task"]) == {"algopuzzle/clock"} and set(rows["chance"]) == {0.25} and len(rows) == 3
+    trained = set(Run(next(folder.glob("arms/vowels-*"))).rollouts()["row_id"])
+    assert trained and not trained & set(rows["row_id"])
+    for run in (folder / "arms").iterdir():
+        table = Run(run).table("evaluation")
+        assert len(table) == 9 and table["behaviour"].isna().all() and set(table["correct"]) <= {0.0, 1.0}
+    elsewhere = plan(replace(cfg, data=replace(cfg.data, local=REAL / ".." / "algopuzzle")))
+    assert [job.folder for job in elsewhere] == [job.folder for job in plan(cfg)]
 
 
 SCRIPT = """

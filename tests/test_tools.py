@@ -1,10 +1,10 @@
 """The tool chain: stored outputs are honest, pages show what notebooks hold, and what is unsupported is refused."""
 
 import base64
+import contextlib
 import io
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import book
 import check_site
 import fresh
 import habits
+import nb
 import nbformat
 import pages
 import pytest
@@ -21,6 +22,7 @@ import synced
 from build_site import DIALECT, PARTS, Links, pandoc, search_entries
 from hypothesis import given
 from hypothesis import strategies as st
+from nbdev.config import get_config
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
@@ -162,11 +164,13 @@ twice(4)
 """
 
 
-def nb(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Call the notebook tool in a project."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools/nb.py"), *arguments], cwd=folder, capture_output=True, text=True
-    )
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a project; nbdev remembers the settings of the first one it sees."""
+    get_config.cache_clear()
+    with contextlib.chdir(folder):
+        yield
+    get_config.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -177,47 +181,62 @@ def project(tmp_path_factory) -> Path:
     (folder / "vlm_reward").mkdir()
     shutil.copy(ROOT / "vlm_reward/__init__.py", folder / "vlm_reward")
     (folder / "twice.py").write_text(CHAPTER)
-    done = nb(folder, "apply", "twice.py", "nbs/core/00_twice.ipynb")
-    assert done.returncode == 0, done.stderr
-    done = nb(folder, "export")
-    assert done.returncode == 0, done.stderr
+    with inside(folder):
+        nb.apply("twice.py", "nbs/core/00_twice.ipynb")
+        nb.export([])
     return folder
 
 
-def test_applying_text_keeps_ids_and_outputs(project):
+def test_applying_text_keeps_ids_and_outputs(project, capsys):
     path = project / "nbs/core/00_twice.ipynb"
     notebook = nbformat.read(path, 4)
     notebook.cells[3].outputs = [new_output("execute_result", {"text/plain": "8"})]
     nbformat.write(notebook, path)
     before = [cell.id for cell in notebook.cells]
     (project / "twice.py").write_text(CHAPTER.replace("Two of a kind", "The same again"))
-    assert nb(project, "apply", "twice.py", "nbs/core/00_twice.ipynb").returncode == 0
+    with inside(project):
+        nb.apply("twice.py", "nbs/core/00_twice.ipynb")
+        nb.show("nbs/core/00_twice.ipynb")
     after = nbformat.read(path, 4)
     assert [cell.id for cell in after.cells if cell.cell_type == "code"] == [before[0], before[2], before[3]]
     assert after.cells[3].outputs[0].data["text/plain"] == "8"
     assert '"""The same again."""' in (project / "vlm_reward/core/twice.py").read_text()
-    assert "# > The same again." in nb(project, "show", "nbs/core/00_twice.ipynb").stdout
+    assert "# > The same again." in capsys.readouterr().out
 
 
-def copied(project: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Copy a project and export the copy once more."""
+def test_applying_text_names_lapses(project, tmp_path, capsys):
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "nbs/core/00_twice.ipynb"
+    path.write_text(path.read_text().replace('"text/plain"', '"text/html": "<b>", "text/plain"'))
+    with inside(tmp_path):
+        nb.apply("twice.py", "nbs/core/00_twice.ipynb")
+    assert "an HTML output" in capsys.readouterr().err
+
+
+@pytest.fixture
+def exported(project, tmp_path) -> tuple[Path, Path]:
+    """Copy a project that is in step, and export the copy once more."""
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(project, here)
+    with inside(here):
+        nb.export([])
     there.mkdir()
-    assert nb(here, "export").returncode == 0
     synced.export_copy(here, there)
     return here, there
 
 
-def test_a_tree_in_step_has_no_differences(project, tmp_path):
-    here, there = copied(project, tmp_path)
+def test_a_tree_in_step_has_no_differences_and_stays_as_it_is(exported, tmp_path):
+    here, _ = exported
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
-    assert list(synced.differences(here, there)) == []
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    synced.export_copy(here, copy)
+    assert list(synced.differences(here, copy)) == []
     assert before == {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
 
 
-def test_what_is_out_of_step_is_named(project, tmp_path):
-    here, there = copied(project, tmp_path)
+def test_what_is_out_of_step_is_named(exported):
+    here, there = exported
     module = here / "vlm_reward/core/twice.py"
     module.write_text(module.read_text().replace("2 * x", "3 * x"))
     (here / "vlm_reward/core/orphan.py").write_text("")

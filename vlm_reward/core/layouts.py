@@ -92,7 +92,9 @@ def flat_messages(
     messages = [{"role": message["role"], "content": _flat(message["content"])} for message in row["prompt"]]
     found = sum(message["content"].count(PLACEHOLDER) for message in messages)
     if found != len(row["images"]):
-        raise RowError(f"row {row['id']!r}: the prompt has {found} times {PLACEHOLDER} for {len(row['images'])} images; rephrase it")
+        raise RowError(
+            f"row {row['id']!r}: the prompt has {found} times {PLACEHOLDER} for {len(row['images'])} images; rephrase it"
+        )
     return messages
 
 

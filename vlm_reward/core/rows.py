@@ -98,7 +98,13 @@ def make_row(
 ) -> Row:  # the row, unchecked
     "Put a row together."
     images = list(images)
-    return {"id": id, "task": task, "prompt": make_prompt(question, len(images)), "images": images, "solution": solution} | optional
+    return {
+        "id": id,
+        "task": task,
+        "prompt": make_prompt(question, len(images)),
+        "images": images,
+        "solution": solution,
+    } | optional
 
 # %% ../../nbs/core/00_rows.ipynb #ee9d3486
 def with_instructions(
@@ -256,7 +262,9 @@ def _check_column(row: Row, name: str, column: Column) -> None:
     if name not in row:
         if column.required:
             strange = [key for key in row if key not in COLUMNS]
-            raise RowError(f"row {row.get('id', '?')!r}: there is no column {name} ({column.meaning}){_meant(name, strange)}")
+            raise RowError(
+                f"row {row.get('id', '?')!r}: there is no column {name} ({column.meaning}){_meant(name, strange)}"
+            )
         return
     fits, remedy = _CHECKS[column.kind]
     may_be_none = not column.required or name == "solution"

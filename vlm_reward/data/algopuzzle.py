@@ -119,7 +119,9 @@ def category_of(
     """
     found = [name for name, words in CATEGORIES.items() if words in question]
     if len(found) != 1:
-        raise RowError(f"the question {shown(question)} is of no single kind of puzzle ({found}); use a folder, local=...")
+        raise RowError(
+            f"the question {shown(question)} is of no single kind of puzzle ({found}); use a folder, local=..."
+        )
     return found[0]
 
 # %% ../../nbs/data/04_algopuzzle.ipynb #160be786
@@ -173,7 +175,9 @@ def read_hub(
         parts = load_dataset(HUB_ID, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{HUB_ID} at {revision or 'main'} cannot be read ({reason}); use a folder, local=...") from error
+        raise ValueError(
+            f"{HUB_ID} at {revision or 'main'} cannot be read ({reason}); use a folder, local=..."
+        ) from error
     counts = dict.fromkeys(CATEGORIES, 0)
     for part in parts.values():
         for row in part.cast_column("image", ImageFeature(decode=False)):
@@ -198,7 +202,9 @@ def read_picture(
         image = load_image(content).convert("RGB")
     except ValueError as error:
         path = raw["image"] if isinstance(raw["image"], str) else "its picture on the hub"
-        raise RowError(f"row {puzzle_id(raw)!r}: {path} is not an image that can be read; fetch the file again") from error
+        raise RowError(
+            f"row {puzzle_id(raw)!r}: {path} is not an image that can be read; fetch the file again"
+        ) from error
     image.thumbnail((max_side, max_side))
     return image
 
@@ -220,7 +226,9 @@ def algopuzzle_items(
         else:
             items.append(_puzzle_item(raw, content, request.max_side))
     if not items:
-        raise ValueError(f"{local or HUB_ID}: none of {len(absent)} rows has its picture; the files name them under image")
+        raise ValueError(
+            f"{local or HUB_ID}: none of {len(absent)} rows has its picture; the files name them under image"
+        )
     if absent:
         names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         _tell_once(f"{local or HUB_ID}: {len(absent)} of {len(absent) + len(items)} rows left out, no picture: {names}")

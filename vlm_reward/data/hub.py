@@ -40,8 +40,7 @@ DATASETS: dict[str, Loader] = {
     **{f"scenes/{kind}": partial(load_scenes, kind) for kind in KINDS},
     "algopuzzle": partial(load_stored, algopuzzle_items),
     **{
-        f"algopuzzle/{name}": partial(load_stored, partial(algopuzzle_items, categories=(name,)))
-        for name in CATEGORIES
+        f"algopuzzle/{name}": partial(load_stored, partial(algopuzzle_items, categories=(name,))) for name in CATEGORIES
     },
 }
 

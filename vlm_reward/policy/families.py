@@ -71,7 +71,9 @@ def not_loadable(name: str, revision: str | None, error: Exception) -> str:
     "One line that says which policy does not load, why, and what to do."
     why = str(error).strip().splitlines()[0]
     at = f" at revision {revision!r}" if revision else ""
-    remedy = "install torchvision" if "torchvision" in str(error).lower() else "use 'pocket', a saved folder or a hub id"
+    remedy = (
+        "install torchvision" if "torchvision" in str(error).lower() else "use 'pocket', a saved folder or a hub id"
+    )
     return f"cannot load policy {name!r}{at}: {why} ({remedy}; offline, only cached models load)"
 
 # %% ../../nbs/policy/01_families.ipynb #9a2d0250

@@ -46,8 +46,16 @@ def sampling_config(
 ) -> GenerationConfig:
     "Plain sampling, or greedy choice, with image placeholders ruled out."
     tokenizer = processor.tokenizer
-    chance = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
+    chance = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    ends = (
+        model.generation_config.eos_token_id
+        if model.generation_config.eos_token_id is not None
+        else tokenizer.eos_token_id
+    )
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         suppress_tokens=image_token_ids(model) or None,

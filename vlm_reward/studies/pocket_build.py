@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from ..core.settings import setting
 from ..core.rows import question_of
+from ..core.settings import setting
 from ..data.behaviours import MIXTURE, draw_demonstration
 from ..data.scenes import KINDS, scene_rng, scene_row, scene_rows
 from ..policy.families import load_policy, without_bars
@@ -107,7 +107,7 @@ def plan_stages(settings: PocketSettings) -> list[Stage]:
 # %% ../../nbs/studies/00_pocket_build.ipynb #208b2917
 def build_pocket(
     out: Path,  # folder to write; what is there of an older pocket is replaced when the new one is done
-    settings: PocketSettings = PocketSettings(),  # noqa: B008 - frozen
+    settings: PocketSettings = PocketSettings(),
     *,
     progress: Callable[[str, int, int, float], None] | None = None,  # told (stage, step, steps, loss)
 ) -> dict[str, float]:  # minutes of each stage

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import ConfigError, did_you_mean, load_config, to_yaml
-from ..core.terminal import nearest, settings_class
+from ..core.source import settings_class
+from ..core.terminal import nearest
 
 # %% ../../nbs/studies/19_rehearsal.ipynb #3058c557
 def check_policy(

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..core.settings import setting
 from ..core.rows import Row
 from ..core.runs import Run
+from ..core.settings import setting
 from ..policy.families import freeze_vision
 from ..policy.sampling import encode_prompts
 from .muon import Muon
