@@ -407,6 +407,7 @@ REAL = Path(__file__).parents[2] / "shared" / "data" / "algopuzzle"
 )
 def test_real_pictures_and_questions(make, tmp_path, caplog):
     cfg = make(
+        policy="pocket",
         data={"name": "algopuzzle/clock", "n": 4, "local": str(REAL)},
         eval={"tasks": {"algopuzzle/clock": None}, "samples": 2, "max_new_tokens": 8},
         sft={"steps": 1, "batch_size": 2},

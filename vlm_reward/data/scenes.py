@@ -125,9 +125,9 @@ def ask(
     if kind == "what":
         return {"question": f"What is at {first.place}?", "solution": first.name}
     places = (first.column, first.row), (second.column, second.row)
-    axis = rng.choice([axis for axis in AXES if relation_between(*places, axis)])
-    true = relation_between(*places, axis)
-    return (ask_relation if kind == "relation" else ask_statement)(first, second, axis, true, rng)
+    found = {axis: relation_between(*places, axis) for axis in AXES}
+    axis = rng.choice([axis for axis, word in found.items() if word])
+    return (ask_relation if kind == "relation" else ask_statement)(first, second, axis, str(found[axis]), rng)
 
 
 def describe(objects: list[SceneObject]) -> str:

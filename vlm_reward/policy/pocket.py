@@ -111,13 +111,13 @@ def make_model(
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # type: ignore
+        pad_token_id=tokenizer.pad_token_id,  # type: ignore
     )
     config = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),  # type: ignore
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_seq_length=IMAGE_TOKENS,

@@ -112,7 +112,7 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 def sample_batch(model: PreTrainedModel, processor: Any, rows: Sequence[Row], config: GenerationConfig) -> list[Sample]:
     "One completion for each of `rows`."
     batch = {name: value.to(model.device) for name, value in encode_prompts(processor, rows).items()}
-    out = model.generate(**batch, generation_config=config)
+    out = model.generate(**batch, generation_config=config)  # type: ignore
     return [cut(ids, processor, config) for ids in out[:, batch["input_ids"].shape[1] :].tolist()]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDER_NAME', 'NOT_GROUND', 'DataConfig', 'EvalConfig', 'ArmConfig', 'StudyConfig', 'check_names', 'check_arms',
-           'grpo_settings', 'arm_preset', 'load_study', 'Ground', 'load_ground', 'each_line_once', 'rows_of',
+           'grpo_settings', 'arm_preset', 'load_study', 'Ground', 'load_ground', 'Once', 'each_line_once', 'rows_of',
            'training_rows', 'replay_rows', 'held_out_rows', 'instructions', 'instruct', 'Job', 'plan', 'make_job',
            'reward_fingerprint', 'study_folder']
 
@@ -186,20 +186,30 @@ def load_ground(
     return ground
 
 
+class Once(logging.Handler):
+    "Pass each message on, but only the first time."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() not in self.told:
+            self.told.add(record.getMessage())
+            logging.getLogger("vlm_reward").handle(record)
+
+
 @contextmanager
 def each_line_once() -> Iterator[None]:
     "Both sides of a split are read from one folder; what is wrong with it is told once."
-    told, log = set(), logging.getLogger("vlm_reward.data.hub")
-
-    def is_new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not (text in told or told.add(text))
-
-    log.addFilter(is_new)
+    log, once = logging.getLogger("vlm_reward.data"), Once()
+    log.addHandler(once)
+    log.propagate = False
     try:
         yield
     finally:
-        log.removeFilter(is_new)
+        log.removeHandler(once)
+        log.propagate = True
 
 
 def rows_of(cfg: StudyConfig, tasks: Mapping[str, int | None], split: str) -> list[Row]:

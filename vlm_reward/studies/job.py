@@ -69,7 +69,7 @@ def torch_threads(
 @contextlib.contextmanager
 def told_before() -> Iterator[None]:
     "What is wrong with the rows was told when the study was planned; jobs load them again in silence."
-    log = logging.getLogger("vlm_reward.data.hub")
+    log = logging.getLogger("vlm_reward.data")
     before = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -90,4 +90,4 @@ class Muon(torch.optim.AdamW):
         if not state:
             state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # AdamW looks for a step when it loads
         state["momentum"].lerp_(p.grad, 1 - self.momentum)
-        return p.grad.lerp(state["momentum"], self.momentum)
+        return torch.lerp(p.grad, state["momentum"], self.momentum)  # type: ignore
