@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_reward.core.rows import from_dataset, make_row, to_dataset
+from vlm_reward.core.layouts import from_dataset, to_dataset
+from vlm_reward.core.rows import make_row
 from vlm_reward.data.behaviours import MIXTURE, demonstrate
 from vlm_reward.data.scenes import KINDS, scene_rows
 from vlm_reward.policy.sampling import Sample

@@ -422,8 +422,6 @@ def test_real_pictures_and_questions(make, tmp_path, caplog):
     for run in (folder / "arms").iterdir():
         table = Run(run).table("evaluation")
         assert len(table) == 9 and table["behaviour"].isna().all() and set(table["correct"]) <= {0.0, 1.0}
-    elsewhere = plan(replace(cfg, data=replace(cfg.data, local=REAL / ".." / "algopuzzle")))
-    assert [job.folder for job in elsewhere] == [job.folder for job in plan(cfg)]
 
 
 SCRIPT = """

@@ -60,8 +60,8 @@ def load_policy(
     try:
         with without_bars():
             processor = AutoProcessor.from_pretrained(path, revision=revision)
-            weights = {"revision": revision, "dtype": getattr(torch, dtype)}
-            model = AutoModelForImageTextToText.from_pretrained(path, **weights)  # type: ignore
+            load = AutoModelForImageTextToText.from_pretrained
+            model = load(path, revision=revision, dtype=getattr(torch, dtype))  # type: ignore
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(not_loadable(name, revision, error)) from error
     processor.tokenizer.padding_side = "left"
