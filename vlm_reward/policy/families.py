@@ -60,12 +60,11 @@ def load_policy(
     try:
         with without_bars():
             processor = AutoProcessor.from_pretrained(path, revision=revision)
-            load = AutoModelForImageTextToText.from_pretrained
-            model = load(path, revision=revision, dtype=getattr(torch, dtype))  # type: ignore
+            model = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(not_loadable(name, revision, error)) from error
     processor.tokenizer.padding_side = "left"
-    return model.to(device).eval(), processor
+    return model.to(device).eval(), processor  # type: ignore
 
 
 def not_loadable(name: str, revision: str | None, error: Exception) -> str:
