@@ -22,7 +22,7 @@ BELOW = {  # room -> rooms that it may use beside itself
     "rewards": {"core"},
     "policy": {"core"},
     "train": {"core", "policy"},
-    "lacot": {"core", "policy"},
+    "lacot": {"core", "policy", "rewards", "train"},
     "probes": {"core", "policy"},
     "audit": {"core", "puzzles", "physics", "data", "rewards"},
     "report": {"core", "worlds", "data"},
