@@ -82,6 +82,43 @@ def test_chunks_change_nothing(size, chunk, temperature, weights):
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * (1 + gradient.abs().max().item()), rtol=0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(0, 12),
+    several=st.integers(0, 3),
+    chunk=st.none() | st.integers(1, 13),
+    temperature=st.floats(0.2, 3),
+)
+def test_a_state_may_be_asked_for_several_tokens(size, several, chunk, temperature):
+    model, _ = small("llava")
+    generator = torch.Generator().manual_seed(size)
+    states = torch.randn(size, 32, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, 200, (size, several), generator=generator)
+    chosen, entropy = score_states(model, states, Query(tokens[:, 0:0], tokens, temperature, entropy=True, chunk=chunk))
+    whole = (own_logits(model, states) / temperature).log_softmax(-1)
+    assert chosen.shape == tokens.shape and entropy.shape == (size,)
+    torch.testing.assert_close(chosen, whole.gather(-1, tokens), atol=2e-5, rtol=0)
+    push = torch.linspace(-1, 2, size * several).view(size, several)
+    ours = gradients(model, (chosen * push).sum())
+    theirs = gradients(model, (whole.gather(-1, tokens) * push).sum())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4 * (1 + gradient.abs().max().item()), rtol=0)
+
+
+def test_one_token_in_a_column_is_one_token():
+    model, _ = fresh("llava")
+    install_scoring(model)
+    met = []
+    model.lm_head.register_forward_hook(lambda module, args, out: met.append(args[0].shape[:2].numel()))
+    ids, index = torch.arange(20, 30)[None], torch.arange(9)
+    with torch.no_grad():
+        flat = model(input_ids=ids, score=Query(index, ids[0, 1:])).logprobs
+        column = model(input_ids=ids, score=Query(index, ids[0, 1:, None])).logprobs
+        twice = model(input_ids=ids, score=Query(index, ids[0, 1:, None].expand(-1, 2))).logprobs
+    assert column.equal(flat[:, None]) and twice.equal(flat[:, None].expand(-1, 2))
+    assert met == [9, 9, 9]  # the head runs once per state, however many tokens are asked of it
+
+
 def test_logits_are_never_there_all_at_once():
     model, _ = fresh("llava")
     seen = []

@@ -66,7 +66,7 @@ class Query(NamedTuple):
     "What a forward shall score."
 
     index: torch.Tensor  # (n,) states that predict a token; those of all rows stand one behind the other, then `known`
-    tokens: torch.Tensor  # y: (n,) the tokens that they predict
+    tokens: torch.Tensor  # y: (n,) the tokens that they predict; (n, k) for k tokens of each state
     temperature: float = 1.0  # tau: above 0
     entropy: bool = False  # whether to give entropies, too
     chunk: int | None = None  # tokens that meet the head at a time; None: as many as have `LOGITS` logits
@@ -80,13 +80,13 @@ LOGITS = 2**24  # that are there at a time: 64 MiB in float32
 def token_scores(
     model: PreTrainedModel,
     states: torch.Tensor,  # h: (n, width)
-    tokens: torch.Tensor,  # y: (n,)
+    tokens: torch.Tensor,  # y: (n,) or (n, k)
     temperature: float,  # tau
     entropy: bool,  # whether to give entropies, too
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # (n,) nats; (n,) nats
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # shaped like `tokens`, nats; (n,) nats
     "Log-probability of tokens and entropy of the distributions that they come from."
     logprobs = (own_logits(model, states).float() / temperature).log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+    chosen = logprobs.gather(-1, tokens[:, None] if tokens.ndim == 1 else tokens).view_as(tokens)
     return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else None
 
 
@@ -94,7 +94,7 @@ def score_states(
     model: PreTrainedModel,
     states: torch.Tensor,  # h: (n, width)
     query: Query,  # its `index` is not looked at
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # (n,) nats; (n,) nats
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # shaped like the tokens, nats; (n,) nats
     "The same, a few tokens at a time; the logits are not kept, but made again in the backward pass."
     chunk = query.chunk or max(1, LOGITS // model.config.get_text_config().vocab_size)
     parts = [
@@ -109,7 +109,7 @@ def score_states(
 class ScoredOutput(ModelOutput):
     "What a forward with a `score` gives."
 
-    logprobs: torch.Tensor | None = None  # (n,) nats
+    logprobs: torch.Tensor | None = None  # shaped like the tokens, nats
     entropy: torch.Tensor | None = None  # (n,) nats, if asked for
     states: torch.Tensor | None = None  # (rows, tokens, width), if asked for
     past_key_values: Any = None  # the cache, with the states
