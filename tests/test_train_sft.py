@@ -1,6 +1,8 @@
 "Supervised fine-tuning: the loss sees the completion's tokens and nothing else; Muon against torch's."
 
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,17 @@ from PIL import Image
 from vlm_reward.core.rows import make_row
 from vlm_reward.data.behaviours import demonstrate
 from vlm_reward.policy.families import load_policy
+from vlm_reward.policy.sampling import encode_prompts
 from vlm_reward.train import sft
 from vlm_reward.train.muon import Muon, orthogonalise
-from vlm_reward.train.sft import IGNORED, SFTSettings, encode_examples, train_sft
+from vlm_reward.train.sft import (
+    IGNORED,
+    SFTSettings,
+    completion_ids,
+    encode_examples,
+    train_sft,
+    with_labels,
+)
 from vlm_reward.worlds.scenes import scene_rng, scene_rows
 
 
@@ -46,6 +56,47 @@ def test_labels_are_the_completion_between_header_and_end(pocket):
         assert text.endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(labels[labels != IGNORED]) == completion + "<|im_end|>"
         assert (ids[labels != IGNORED] == labels[labels != IGNORED]).all()
+
+
+def test_pieces_are_put_together_by_hand(pocket):
+    "Against lists: what is given has no label, what is learned has its own, padding has neither."
+    processor, rows = pocket[1], [row for row, _ in examples(3)]
+    prompts = encode_prompts(processor, rows)
+    pieces = [[([7, 8], False), ([9], True), ([10, 11], False)], [([12, 13, 14], True)], [([15], False), ([], True)]]
+    batch, width = with_labels(processor, prompts, pieces), prompts["input_ids"].shape[1]
+    pad = processor.tokenizer.pad_token_id
+    assert torch.equal(batch["input_ids"][:, :width], prompts["input_ids"])
+    assert batch["input_ids"][:, width:].tolist() == [[7, 8, 9, 10, 11], [12, 13, 14, pad, pad], [15, *[pad] * 4]]
+    assert batch["attention_mask"][:, width:].tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert (batch["labels"][:, :width] == IGNORED).all()
+    no = IGNORED
+    assert batch["labels"][:, width:].tolist() == [[no, no, 9, no, no], [12, 13, 14, no, no], [no] * 5]
+    assert torch.equal(batch["pixel_values"], prompts["pixel_values"])
+
+
+def test_one_learned_piece_is_a_completion(pocket):
+    processor, pairs = pocket[1], examples(3)
+    pieces = [[(completion_ids(processor, text), True)] for _, text in pairs]
+    batch = with_labels(processor, encode_prompts(processor, [row for row, _ in pairs]), pieces)
+    plain = encode_examples(processor, pairs)
+    assert batch.keys() == plain.keys() and all(torch.equal(batch[name], plain[name]) for name in plain)
+
+
+def shouted(processor, examples):
+    "Another encoder: every completion in capitals."
+    return encode_examples(processor, [(row, text.upper()) for row, text in examples])
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_another_encoder_makes_the_batches(pocket, loaders):
+    "Also in processes of their own, which get it pickled."
+    settings = SFTSettings(steps=1, batch_size=4, warmup=0, shuffle=False, loaders=loaders)
+    encode = pickle.loads(pickle.dumps(partial(shouted, pocket[1])))
+    mine, theirs = copy.deepcopy(pocket[0]), copy.deepcopy(pocket[0])
+    train_sft(mine, pocket[1], examples(4), settings, encode=encode)
+    train_sft(theirs, pocket[1], [(row, text.upper()) for row, text in examples(4)], settings)
+    assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(mine.parameters(), pocket[0].parameters(), strict=True))
 
 
 def test_loss_does_not_depend_on_the_prompt_labels_or_padding(pocket):
