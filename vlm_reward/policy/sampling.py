@@ -22,12 +22,14 @@ from .prefill import generate_repeated, prefill_problem, replaced
 def encode_prompts(
     processor: Any,  # the policy's processor
     rows: Sequence[Row],  # with `prompt` and `images`
+    *,
+    header: bool = True,  # whether the header of the policy's turn follows; False: the question alone
 ) -> dict[str, torch.Tensor]:  # model inputs; `input_ids` is (rows, tokens), padded on the left
     """Chat prompts with their pictures, ready for the model.
 
     - Raises: `ValueError` with the id of a row that the processor refuses, such as one with a picture too narrow for it.
     """
-    texts = [processor.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
+    texts = [processor.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=header) for r in rows]
     images = [list(r["images"]) for r in rows]
     inputs = {"images": images} if any(images) else {}
     try:
@@ -35,7 +37,7 @@ def encode_prompts(
     except ValueError as error:
         if len(rows) > 1:
             for row in rows:
-                encode_prompts(processor, [row])
+                encode_prompts(processor, [row], header=header)
             raise
         raise ValueError(f"row {rows[0]['id']!r}: the processor refuses its prompt: {error}") from error
 
