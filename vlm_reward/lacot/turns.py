@@ -37,6 +37,7 @@ class Turns:
     closing: tuple[int, ...]  # ends the answer, scored
     skip: tuple[int, ...]  # behind the question: opens the answer, reasoning off
     opening_text: str  # `opening`, spelt
+    lead: str = ""  # what the template writes between a header and a text: belongs to the text
 
 # %% ../../nbs/lacot/00_turns.ipynb #e851e0a8
 PROBE = "seen"  # a word that no template holds
@@ -52,7 +53,7 @@ def text_ids(
 
 def template_parts(
     processor: Any,  # with a chat template
-) -> tuple[str, str]:  # header of the assistant's turn; what follows the last word of its text
+) -> tuple[str, str, str]:  # header of the assistant's turn, blanks before its text, what follows its text
     """What a chat template writes around the text of an assistant.
 
     - Raises: `ValueError` if a conversation that goes on does not begin like the one that stopped.
@@ -64,7 +65,9 @@ def template_parts(
     whole = processor.apply_chat_template(told, tokenize=False)
     if not (headed.startswith(question) and whole.startswith(question) and PROBE in whole):
         raise ValueError(f"the chat template writes {shown(headed)} and {shown(whole)}: want both to begin alike")
-    return headed[len(question) :], whole.rpartition(PROBE)[2]
+    header, (turn, _, after) = headed[len(question) :], whole[len(question) :].rpartition(PROBE)
+    lead = turn.removeprefix(header)
+    return header, "" if lead.strip() else lead, after
 
 # %% ../../nbs/lacot/00_turns.ipynb #182f5744
 def header_of(
@@ -123,7 +126,7 @@ def check_apart(
 
     - Raises: `ValueError` with the text.
     """
-    word = text_ids(processor, PROBE)
+    word = text_ids(processor, turns.lead + PROBE)
     for parts in (
         [turns.opening, word, [turns.stop], turns.bridge, word, turns.closing],
         [turns.skip, word, turns.closing],
@@ -148,18 +151,18 @@ def turns_of(
     """
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}: {did_you_mean(layout, get_args(Layout))}")
-    header, after = template_parts(processor)
+    header, lead, after = template_parts(processor)
     end, between = end_of_turn(processor, after)
     if layout == "turn":
         opening, stop, closing = header_of(header, role), end, (end,)
         bridge, skip = text_ids(processor, between + header), text_ids(processor, header)
     else:
-        opening, stop, closing = header + "<think>", tag_id(processor, "</think>"), (tag_id(processor, "</answer>"), end)
-        bridge = [tag_id(processor, "<answer>")]
-        skip = text_ids(processor, header) + bridge
-        tag_id(processor, "<think>")
+        tags = ("<think>", "</think>", "<answer>", "</answer>")
+        _, stop, answer, answered = [tag_id(processor, tag) for tag in tags]
+        opening, lead, bridge, closing = header + lead + "<think>", "", [answer], (answered, end)
+        skip = [*text_ids(processor, opening)[:-1], answer]
     ids = tuple(text_ids(processor, opening))
-    return check_apart(processor, Turns(layout, role, ids, stop, tuple(bridge), closing, tuple(skip), opening))
+    return check_apart(processor, Turns(layout, role, ids, stop, tuple(bridge), closing, tuple(skip), opening, lead))
 
 # %% ../../nbs/lacot/00_turns.ipynb #c810a2cf
 def encode_questions(
@@ -176,12 +179,13 @@ def encode_questions(
 def rationale_ids(
     processor: Any,
     text: str,
+    turns: Turns | None = None,  # whose `lead` comes first
 ) -> list[int]:
-    """Z: the ids of a rationale that somebody wrote.
+    """Z: the ids of a rationale that somebody wrote; an empty one has none.
 
     - Raises: `ValueError` if it holds a special token, such as one that ends a turn.
     """
-    ids = text_ids(processor, text)
+    ids = text_ids(processor, (turns.lead if turns and text else "") + text)
     for token in ids:
         if token in processor.tokenizer.all_special_ids:
             spelt = processor.tokenizer.convert_ids_to_tokens(token)
@@ -198,7 +202,7 @@ def answer_ids(
 
     - Raises: `ValueError` for an answer without tokens, or with a special one.
     """
-    ids = rationale_ids(processor, answer)
+    ids = rationale_ids(processor, answer, turns)
     if not answer.strip() or not ids:
         raise ValueError(f"the answer {answer!r} has no tokens: want a row with a solution")
     return [*ids, *turns.closing]
