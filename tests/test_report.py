@@ -15,11 +15,13 @@ from vlm_reward.core.config import read_yaml, to_yaml
 from vlm_reward.core.runs import Run, find_runs
 from vlm_reward.core.stats import Interval, paired_difference
 from vlm_reward.core.store import RunError
+from vlm_reward.report.choice_specimen import write_choices
 from vlm_reward.report.figures import common_limits, label_spots, push_apart
 from vlm_reward.report.findings import direction, findings, notes_of, points_interval
 from vlm_reward.report.page import page_of, plain_line, render_html, report, summary_table
 from vlm_reward.report.paper import BEHAVIOUR_COLOURS, ink_on, pens
 from vlm_reward.report.records import read_study
+from vlm_reward.report.selection import selection_tables, selection_texts
 from vlm_reward.report.specimen import scene_config, write_puzzles, write_specimen
 from vlm_reward.report.tables import all_tables, estimate
 from vlm_reward.worlds.scenes import scene_rows
@@ -383,3 +385,79 @@ def test_colours_can_be_read_and_told_apart():
 def test_panels_hold_all_intervals(tables):
     low, high = common_limits(tables["difference"])
     assert low < 100 * tables["difference"]["low"].min() and high > 100 * tables["difference"]["high"].max()
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    "A study in which rules chose among answers."
+    return write_choices(small_study(tmp_path_factory.mktemp("chosen"), steps=2))
+
+
+def test_choices_are_counted_row_by_row(chosen):
+    study = read_study(chosen)
+    table = selection_tables(study)["selection"]
+    raw = []
+    for path in sorted((chosen / "arms").iterdir()):
+        config = read_yaml((path / "config.yaml").read_text())
+        found = pd.read_parquet(path / "tables" / "selection.parquet").to_dict("records")
+        raw += [{**line, "arm": config["arm"], "seed": config["seed"]} for line in found]
+    assert len(table) == 4 * (1 + 3 * 3)
+    for line in table.to_dict("records"):
+        own = of(raw, arm=line["arm"], rule=line["rule"], n=line["n"])
+        right = {(x["row_id"], x["seed"]): x["correct"] for x in own}
+        assert line["accuracy"] == pytest.approx(np.mean(list(right.values())))
+        assert line["written"] == pytest.approx(np.mean([x["written"] for x in own]))
+        for name, other in (
+            ("against greedy", of(raw, arm=line["arm"], rule="greedy")),
+            ("against baseline", of(raw, arm="sft", rule=line["rule"], n=line["n"])),
+        ):
+            before = {(x["row_id"], x["seed"]): x["correct"] for x in other}
+            gap = np.mean([right[key] - before[key] for key in right])
+            assert np.isnan(line[name]) or line[name] == pytest.approx(gap)
+        assert np.isnan(line["against greedy"]) == (line["rule"] == "greedy")
+        assert np.isnan(line["against baseline"]) == (line["arm"] == "sft")
+
+
+def test_choices_are_told_in_both_files_and_only_where_there_are_any(chosen, folder, page):
+    told = report(chosen)
+    html, text = check_page(told), told.with_suffix(".md").read_text()
+    assert {"selection", "rationales"} <= {attrs.get("id") for _, attrs in html.tags}
+    assert any(attrs.get("alt", "").startswith("Accuracy by arm, rule") for _, attrs in html.tags)
+    for heading in ("## Selection", "## Rationales", "## Cost of a question", "## Cost of training"):
+        assert heading in text and heading not in page.with_suffix(".md").read_text()
+    assert "choosing among 10 answers" in text
+    assert {p.stem for p in (chosen / "tables").glob("*.csv")} - {
+        p.stem for p in (folder / "tables").glob("*.csv")
+    } == {
+        "selection",
+        "rationales",
+        "cost",
+    }
+    assert 'id="selection"' not in page.read_text() and "choosing among" not in page.read_text()
+
+
+def test_choices_without_greedy_answer_baseline_or_clock(tmp_path):
+    "Nothing to compare with, one N, answers that could not be scored, a measure that no question has."
+    folder = write_choices(small_study(tmp_path, config=pair_config("lean"), steps=2, absent=[("sft", 0)]))
+    for run in find_runs(folder / "arms"):
+        table = run.table("selection").query("rule == 'majority' and n == 5")
+        first = table["row_id"] == table["row_id"].iloc[0]
+        run.save_table("selection", table.assign(correct=table["correct"].where(~first)))
+        run.save_table("rationales", run.table("rationales").assign(correlation=np.nan, new=0.5))
+        (run.path / "tables" / "selection_seconds.parquet").unlink()
+    page = report(folder)
+    check_page(page)
+    assert "choosing among" not in page.read_text()
+    texts = selection_texts(selection_tables(read_study(folder)))
+    assert len(texts["selection"]) == 1 and texts["selection gains"].empty and texts["selection training"].empty
+    assert set(texts["rationales"].query("measure == 'new'")["accuracy"]) == {"0.50 (0.50 to 0.50)"}
+    assert "" in set(texts["rationales"]["accuracy"])
+
+
+def test_an_arm_without_reward_that_is_trained_is_no_baseline(tmp_path):
+    config = pair_config("likely")
+    config["arms"]["accuracy"] = {"algorithm": "rgfn"}
+    folder = small_study(tmp_path, config=config, steps=2)
+    study = read_study(folder)
+    assert study.baseline == "sft" and study.compared == ["accuracy"]
+    assert set(all_tables(study)["runs"]["reward"].dropna()) == {"likelihood"}

@@ -44,6 +44,7 @@ from vlm_reward.report.pictures import (
     share_pictures,
 )
 from .records import Study, read_study, scopes
+from .selection import selection_findings, selection_picture, selection_tables, selection_texts
 from .tables import all_tables
 from .traces import ends_table
 
@@ -163,6 +164,7 @@ def text_tables(study: Study, tables: Tables) -> dict[str, pd.DataFrame]:
         "payoff": across(tables["payoff"], "behaviour", payoff_cell),
         "training": across(ends_table(tables["training"]), "metric", lambda x: f"{x['begin']:.4g} to {x['end']:.4g}"),
         "runs": run_text(tables["runs"]),
+        **selection_texts(tables),
     }
 
 
@@ -177,7 +179,7 @@ def page_of(
     return {
         "study": study,
         "task": next(iter(names)),
-        "findings": findings(study, tables),
+        "findings": [*findings(study, tables), *selection_findings(study, tables)],
         "notes": notes_of(study, tables),
         "tables": text_tables(study, tables),
         "legend": legend(tables),
@@ -187,6 +189,7 @@ def page_of(
         "differences": difference_pictures(study, tables, [next(iter(names)), *parts]),
         "skills": difference_pictures(study, tables, skills),
         "skill_names": skills,
+        "choices": selection_picture(tables),
         "curves": curve_pictures(study, tables),
         "cards": cards_of(sample_table(study)),
         "provenance": {**provenance(study), "time": minutes_of(tables)},
@@ -226,6 +229,12 @@ HEADINGS = {  # table -> its heading in the text
     "payoff": "Points that each behaviour earned in training",
     "forgetting": "Skills that were not rewarded: difference from {baseline}",
     "other tasks": "Accuracy on other tasks",
+    "selection": "Selection: accuracy on {task} by rule and number of answers",
+    "selection gains": "Selection: points against the greedy answer of the arm",
+    "selection training": "Selection: points against {baseline} with the same rule",
+    "rationales": "Rationales",
+    "selection cost": "Cost of a question: seconds, tokens written and scored",
+    "training cost": "Cost of training",
     "training": "Training, first eighth of the steps to last",
     "runs": "Runs",
 }
@@ -279,7 +288,7 @@ def report(
     - Raises: `RunError` if it is not a study folder, or no run of it is finished.
     """
     study = read_study(study_folder)
-    tables = all_tables(study)
+    tables = all_tables(study) | selection_tables(study)
     page = page_of(study, tables)
     for name, table in tables.items():
         write_whole(study.path / "tables" / f"{name}.csv", table.to_csv(index=False).encode())

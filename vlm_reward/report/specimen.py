@@ -245,7 +245,7 @@ def write_run(
             run.write_rollouts(step, records.drop(columns=["answer", "parsed", "finished"]).to_dict("records"))
     if left_off_at is None:
         run.save_table("evaluation", evaluation_of(rows, speak, ends[1], samples, rng))
-        run.finish({"minutes": 0.75 if parts else 0.1})
+        run.finish({"minutes": 0.75 if parts else 0.1, "training_minutes": 0.6 if parts else 0.0})
 
 
 def write_specimen(
