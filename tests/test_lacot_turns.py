@@ -1,0 +1,239 @@
+"Questions, rationales and answers are joined by ids, as the chat template would have written them."
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_policy_packing import SPECIMENS, make_rows, make_texts, refusal, small
+from transformers import PreTrainedTokenizerFast
+
+from vlm_reward.lacot.turns import (
+    Turns,
+    answer_ids,
+    encode_questions,
+    follow,
+    rationale_ids,
+    split_text,
+    turns_of,
+    whole_text,
+)
+from vlm_reward.policy.families import image_token_ids
+from vlm_reward.policy.sampling import encode_prompts
+from vlm_reward.policy.specimens import byte_tokenizer
+
+QWEN = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOL = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+HEADERS = (
+    "{% for message in messages %}<|start_header|>{{ message['role'] }}<|end_header|>\n\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header|>assistant<|end_header|>\n\n{% endif %}"
+)
+LOUD = SMOL.replace("message['role'] | capitalize", "message['role'] | upper").replace("Assistant:", "ASSISTANT:")
+SPECIAL = ("<end_of_utterance>", "<|start_header|>", "<|end_header|>", "<|eot|>")
+TEMPLATES = {"qwen": QWEN, "smolvlm": SMOL, "headers": HEADERS, "loud": LOUD}
+
+
+class Processor:
+    "A tokenizer of bytes with a chat template."
+
+    def __init__(self, template, *words):
+        self.tokenizer = byte_tokenizer(*SPECIAL, *words, chat_template=template)
+
+    def apply_chat_template(self, messages, **options):
+        return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
+
+
+def message(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def ids_of(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def joined(processor, turns, rationale, answer):
+    "The pieces behind a question."
+    answered = answer_ids(turns, processor, answer)
+    if rationale is None:
+        return [*turns.skip, *answered]
+    return [*turns.opening, *rationale_ids(processor, rationale, turns), turns.stop, *turns.bridge, *answered]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_pieces_are_what_the_template_renders(name):
+    processor = Processor(TEMPLATES[name])
+    turns = turns_of(processor)
+    asked = [message("user", "How many?")]
+    question = ids_of(processor, processor.apply_chat_template(asked))
+    told = [*asked, message(turns.role, "I see two."), message("assistant", "2")]
+    whole = ids_of(processor, processor.apply_chat_template(told))
+    pieces = question + joined(processor, turns, "I see two.", "2")
+    assert pieces == whole[: len(pieces)]
+    assert processor.tokenizer.decode(whole[len(pieces) :]) in ("\n", "")  # what stands before the next turn
+    plain = ids_of(processor, processor.apply_chat_template([*asked, message("assistant", "2")]))
+    pieces = question + joined(processor, turns, None, "2")
+    assert pieces == plain[: len(pieces)]
+
+
+@pytest.mark.parametrize("family", SPECIMENS)
+@pytest.mark.parametrize("layout", ["turn", "section"])
+def test_pieces_behind_a_question_with_pictures(family, layout):
+    model, processor = small(family)
+    turns = turns_of(processor, layout)
+    rows = make_rows([(1, 2), (2, 6), (0, 1)])
+    for rationale in ("red on\nblue", "", None):
+        pieces = joined(processor, turns, rationale, "red")
+        grown = follow(model, encode_questions(processor, rows), [pieces] * 3)
+        said = {"turn": "red", "section": whole_text(rationale, "red")}[layout]
+        told = [message("assistant", said)]
+        if layout == "turn" and rationale is not None:
+            told = [message("Analyzer", rationale), *told]
+        rendered = [row | {"prompt": [*row["prompt"], *told]} for row in rows]
+        whole = encode_prompts(processor, rendered, header=False)
+        for name in grown:
+            if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                assert torch.equal(grown[name], whole[name][:, :-1]), name  # the line break between turns
+            else:
+                assert torch.equal(grown[name], whole[name]), name
+
+
+@pytest.mark.parametrize("family", SPECIMENS)
+def test_reasoning_off_asks_as_if_there_were_no_analyzer(family):
+    model, processor = small(family)
+    rows = make_rows([(1, 2), (0, 1)])
+    turns = turns_of(processor)
+    skipped, plain = (
+        follow(model, encode_questions(processor, rows), [turns.skip] * 2),
+        encode_prompts(processor, rows),
+    )
+    assert skipped.keys() == plain.keys() and all(torch.equal(skipped[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next", "smolvlm"])
+def test_follow_gives_each_row_what_it_has_alone(family):
+    model, processor = small(family)
+    rows = make_rows([(1, 2), (2, 5), (0, 1)])
+    texts = [text for some in make_texts([(5,), (0,), (11,)]) for text in some]
+    grown = follow(model, encode_questions(processor, rows), texts)
+    with torch.no_grad():
+        together = model(**grown).logits[:, -1]
+        for row, text, logits in zip(rows, texts, together, strict=True):
+            alone = follow(model, encode_questions(processor, [row]), [text])
+            assert alone["attention_mask"].all()
+            assert torch.equal(alone["input_ids"][0, alone["input_ids"].shape[1] - len(text) :], text)
+            torch.testing.assert_close(model(**alone).logits[0, -1], logits, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(10, 190), max_size=6), min_size=2, max_size=2), st.data())
+def test_following_twice_is_following_once(texts, data):
+    model, processor = small("qwen2_5_vl")
+    questions = encode_questions(processor, make_rows([(1, 2), (0, 1)]))
+    cut = [data.draw(st.integers(0, len(text))) for text in texts]
+    first = follow(model, questions, [text[:n] for text, n in zip(texts, cut, strict=True)])
+    twice = follow(model, first, [text[n:] for text, n in zip(texts, cut, strict=True)])
+    once = follow(model, questions, texts)
+    assert all(torch.equal(twice[name], once[name]) for name in once)
+    for ids, real, text in zip(once["input_ids"], once["attention_mask"].bool(), texts, strict=True):
+        assert ids[real].tolist()[len(ids[real]) - len(text) :] == text
+
+
+def test_a_header_is_written_as_the_template_writes_roles():
+    assert turns_of(Processor(SMOL)).opening_text == "Analyzer:"
+    assert turns_of(Processor(SMOL), role="analyzer").opening_text == "Analyzer:"
+    assert turns_of(Processor(LOUD)).opening_text == "ANALYZER:"
+    assert turns_of(Processor(QWEN), role="thinker").opening_text == "<|im_start|>thinker\n"
+    turns = turns_of(Processor(SMOL))
+    assert (
+        turns.lead == " "
+        and answer_ids(turns, Processor(SMOL), "2")[0]
+        != answer_ids(dataclasses.replace(turns, lead=""), Processor(SMOL), "2")[0]
+    )
+
+
+def test_parts_and_header_tokens_are_apart():
+    "Header tokens are given: none of them is in what is scored."
+    _, processor = small("llava")
+    turns = turns_of(processor)
+    spell = processor.tokenizer.decode
+    assert spell(list(turns.opening)) == turns.opening_text == "<|im_start|>Analyzer\n"
+    assert spell(list(turns.bridge)) == "\n<|im_start|>assistant\n" and spell(list(turns.skip)) == (
+        "<|im_start|>assistant\n"
+    )
+    assert turns.closing == (turns.stop,) == (processor.tokenizer.eos_token_id,)
+    start = ids_of(processor, "<|im_start|>")[0]
+    assert start not in rationale_ids(processor, "two balls") + answer_ids(turns, processor, "2")
+    assert answer_ids(turns, processor, "2") == [*ids_of(processor, "2"), turns.stop]
+
+
+def test_what_is_refused():
+    model, processor = small("llava")
+    turns = turns_of(processor)
+    refusal("unknown layout 'turns': did you mean turn?", turns_of, processor, "turns")
+    refusal("no header for the role ' '", turns_of, processor, "turn", " ")
+    mistral = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'][0]['text'] }} [/INST]{% else %}"
+    )
+    mistral += "{{ m['content'][0]['text'] }}<|im_end|>{% endif %}{% endfor %}"
+    refusal("no header for the role 'Analyzer' can be made of ''", turns_of, Processor(mistral))
+    llava = LOUD.replace("<end_of_utterance>\n", " ")
+    refusal("no end-of-turn token in ' '", turns_of, Processor(llava))
+    refusal("no end-of-turn token in '<end>", turns_of, Processor(QWEN.replace("<|im_end|>", "<end>")))
+    refusal("the answer '' has no tokens", answer_ids, turns, processor, "")
+    refusal(r"the answer ' \\\\n' has no tokens", answer_ids, turns, processor, " \n")
+    refusal("holds the special token '<|im_end|>'", rationale_ids, processor, "two<|im_end|>")
+    inputs, placeholder = encode_questions(processor, make_rows([(1, 2)])), image_token_ids(model)[0]
+    refusal("got 1 rows and 0 texts", follow, model, inputs, [])
+    refusal(f"text 0 holds the placeholder {placeholder} at token 1", follow, model, inputs, [[20, placeholder]])
+
+
+def test_a_tag_of_several_tokens_is_refused():
+    processor = Processor(QWEN)
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(processor.tokenizer._tokenizer)(processor.tokenizer._tokenizer.model),
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=QWEN,
+    )
+    processor.tokenizer._tokenizer.pre_tokenizer = byte_tokenizer()._tokenizer.pre_tokenizer
+    refusal("the tag '<think>' is 7 tokens, want one", turns_of, processor, "section")
+    assert turns_of(processor).stop == processor.tokenizer.eos_token_id
+
+
+def test_tokens_that_melt_into_a_text_are_refused():
+    "A header without a token of its own at its end, and a vocabulary that knows header and word as one."
+    tight = QWEN.replace("assistant\n{% endif", "assistant{% endif").replace("role'] }}\n", "role'] }}")
+    processor = Processor(tight)
+    processor.tokenizer.add_tokens(["tseen"])
+    refusal("do not stand apart", turns_of, processor)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.none() | st.text(max_size=30), st.text(max_size=20))
+def test_what_is_written_is_read(rationale, answer):
+    if "<" in answer or "<" in (rationale or ""):  # tags of their own
+        return
+    expected = None if rationale is None else rationale.strip(), answer.strip()
+    assert split_text(whole_text(rationale, answer)) == expected
+
+
+def test_turns_are_values():
+    _, processor = small("llava")
+    assert turns_of(processor) == turns_of(processor) and isinstance(hash(turns_of(processor)), int)
+    assert [field.name for field in dataclasses.fields(Turns)][:8] == [
+        "layout", "role", "opening", "stop", "bridge", "closing", "skip", "opening_text"
+    ]  # fmt: skip
