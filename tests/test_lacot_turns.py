@@ -194,7 +194,7 @@ def test_what_is_refused():
     refusal("no end-of-turn token in ' '", turns_of, Processor(llava))
     refusal("no end-of-turn token in '<end>", turns_of, Processor(QWEN.replace("<|im_end|>", "<end>")))
     refusal("the answer '' has no tokens", answer_ids, turns, processor, "")
-    refusal(r"the answer ' \\\\n' has no tokens", answer_ids, turns, processor, " \n")
+    refusal(r"the answer ' \\n' has no tokens", answer_ids, turns, processor, " \n")
     refusal("holds the special token '<|im_end|>'", rationale_ids, processor, "two<|im_end|>")
     inputs, placeholder = encode_questions(processor, make_rows([(1, 2)])), image_token_ids(model)[0]
     refusal("got 1 rows and 0 texts", follow, model, inputs, [])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Layout', 'PROBE', 'Turns', 'text_ids', 'template_parts', 'header_of', 'end_of_turn', 'tag_id', 'check_apart',
-           'turns_of', 'encode_questions', 'rationale_ids', 'answer_ids', 'follow', 'whole_text', 'split_text']
+           'turns_of', 'encode_questions', 'rationale_ids', 'answer_ids', 'before_answer', 'follow', 'whole_text',
+           'split_text']
 
 # %% ../../nbs/lacot/00_turns.ipynb #3fe8b012
 from collections.abc import Mapping, Sequence
@@ -206,6 +207,14 @@ def answer_ids(
     if not answer.strip() or not ids:
         raise ValueError(f"the answer {answer!r} has no tokens: want a row with a solution")
     return [*ids, *turns.closing]
+
+
+def before_answer(
+    turns: Turns,
+    rationale: Sequence[int] | None,  # Z, without T; None: reasoning off
+) -> list[int]:
+    "What stands between a question and its answer."
+    return list(turns.skip) if rationale is None else [*turns.opening, *rationale, turns.stop, *turns.bridge]
 
 # %% ../../nbs/lacot/00_turns.ipynb #dbd6f6bf
 def follow(

@@ -140,13 +140,14 @@ def encoded_batches(
     rows: Sequence[Row],
     work: Sequence[int],  # row of each completion, in order
     batch_size: int,  # completions at a time
+    encode: Callable[[Any, Sequence[Row]], dict[str, Any]] = encode_prompts,  # (processor, rows) -> model inputs
 ) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:  # rows of the completions, inputs of each row once
     "Batches of completions; rows that the batch before held alone are not processed again."
     held, inputs = None, {}
     for start in range(0, len(work), batch_size):
         which = work[start : start + batch_size]
         if held != (which[0], which[-1]):
-            held, inputs = (which[0], which[-1]), encode_prompts(processor, rows[which[0] : which[-1] + 1])
+            held, inputs = (which[0], which[-1]), encode(processor, rows[which[0] : which[-1] + 1])
         yield which, inputs
 
 # %% ../../nbs/policy/03_sampling.ipynb #123116e1
