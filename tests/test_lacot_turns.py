@@ -1,12 +1,14 @@
 "Questions, rationales and answers are joined by ids, as the chat template would have written them."
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policy_packing import SPECIMENS, make_rows, make_texts, refusal, small
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from vlm_reward.lacot.turns import (
@@ -202,16 +204,14 @@ def test_what_is_refused():
 
 
 def test_a_tag_of_several_tokens_is_refused():
-    processor = Processor(QWEN)
-    processor.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=type(processor.tokenizer._tokenizer)(processor.tokenizer._tokenizer.model),
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=QWEN,
-    )
-    processor.tokenizer._tokenizer.pre_tokenizer = byte_tokenizer()._tokenizer.pre_tokenizer
-    refusal("the tag '<think>' is 7 tokens, want one", turns_of, processor, "section")
-    assert turns_of(processor).stop == processor.tokenizer.eos_token_id
+    processor, bare = Processor(QWEN), Processor(QWEN)
+    core = Tokenizer.from_str(processor.tokenizer._tokenizer.to_str())
+    told = json.loads(core.to_str())
+    told["added_tokens"] = [token for token in told["added_tokens"] if token["special"]]
+    bare.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)), chat_template=QWEN)
+    bare.tokenizer.eos_token = "<|im_end|>"
+    refusal("the tag '<think>' is 7 tokens, want one: use the layout 'turn'", turns_of, bare, "section")
+    assert turns_of(bare).stop == turns_of(processor).stop and turns_of(processor, "section").layout == "section"
 
 
 def test_tokens_that_melt_into_a_text_are_refused():
