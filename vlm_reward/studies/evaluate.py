@@ -80,6 +80,7 @@ def evaluate(
     max_new_tokens: int = 48,  # a completion is cut off here
     batch_size: int = 64,  # completions at a time
     progress: Callable[[int], None] | None = None,  # told how many completions are done
+    speak: Callable[..., list[list[Sample]]] = sample,  # takes what `sample` takes
 ) -> pd.DataFrame:  # one line per completion
     """Let a policy answer `rows` and mark every completion.
 
@@ -93,7 +94,7 @@ def evaluate(
     lines: list[dict[str, Any]] = []
     for mode, n, heat in modes:
         before = len(lines)
-        found = sample(
+        found = speak(
             model,
             processor,
             rows,
