@@ -115,7 +115,7 @@ def gather_parts(
     "Sums of tokens: those of the rationale up to each state, those of the answer behind it."
     prior = torch.cat([torch.zeros(1, dtype=torch.float64), tokens.cpu().double().cumsum(0)])[at]
     ends = torch.stack([torch.stack([tail[:-size].sum(), tail[-size:].sum()]) for tail in tails]).cpu().double()
-    return Parts(at, prior, *ends.unbind(1))
+    return Parts(at, prior, ends[:, 0], ends[:, 1])
 
 
 def reward_parts(
