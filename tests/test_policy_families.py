@@ -1,6 +1,7 @@
 "What the engine must know of a family: layouts of inputs, positions, what can be packed, towers, adapters."
 
 import copy
+import json
 import re
 
 import numpy as np
@@ -473,3 +474,79 @@ def test_a_truncated_prompt_is_refused_by_processor_and_model(family):
     assert (cut["input_ids"] == model.config.image_token_id).any()
     with pytest.raises((ValueError, RuntimeError)):
         logits_of(model, cut)
+
+
+def saved(folder, base):
+    "A folder of adapters that name what they stand on."
+    folder.mkdir()
+    model, processor = load_policy("pocket")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    told = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return adapted
+
+
+def test_a_folder_of_adapters_is_a_policy(tmp_path):
+    inputs = encode_prompts(load_policy("pocket")[1], [row_of(noise(40, 40))])
+    for base in ("pocket", "/elsewhere/site-packages/vlm_reward/policy/pocket_checkpoint"):
+        folder = tmp_path / str(len(base))
+        adapted = saved(folder, base)
+        again, processor = load_policy(str(folder), dtype="bfloat16", attention="eager")
+        text = bare_model(again).config.get_text_config()
+        assert text._attn_implementation == "eager" and bare_model(again).dtype == torch.bfloat16
+        again, processor = load_policy(str(folder))
+        assert processor.tokenizer.padding_side == "left" and not again.training
+        assert torch.equal(logits_of(again, inputs), logits_of(adapted.eval(), inputs))
+        assert [name for name, p in again.named_parameters() if p.requires_grad] == [
+            name for name, p in adapted.named_parameters() if p.requires_grad
+        ]
+
+
+def test_adapters_on_a_checkpoint_that_was_trained(tmp_path):
+    model, processor = load_policy("pocket")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    model.save_pretrained(tmp_path / "sft")
+    processor.save_pretrained(tmp_path / "sft")
+    adapted = get_peft_model(
+        load_policy(str(tmp_path / "sft"))[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "rl")  # without a processor: that of the base
+    inputs = encode_prompts(processor, [row_of(noise(40, 40))])
+    again, _ = load_policy(str(tmp_path / "rl"))
+    assert torch.equal(logits_of(again, inputs), logits_of(adapted.eval(), inputs))
+    with again.disable_adapter():
+        assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+
+
+def test_adapters_that_stand_on_nothing_are_one_line(tmp_path):
+    saved(tmp_path / "gone", tmp_path / "nowhere")
+    saved(tmp_path / "none", "")
+    saved(tmp_path / "one", "pocket")
+    saved(tmp_path / "two", tmp_path / "one")
+    for name, words in (
+        ("gone", "nowhere', which is not there: write where it is into base_model_name_or_path"),
+        ("none", "stand on the policy '', which is not there"),
+        ("two", "one', which has adapters itself: merge those first"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            load_policy(str(tmp_path / name))
+        assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    (tmp_path / "one" / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON: Expecting"):
+        load_policy(str(tmp_path / "one"))
+
+
+def test_adapters_that_do_not_fit_are_one_line(tmp_path):
+    saved(tmp_path / "one", "pocket")
+    told = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    for change in ({"r": 4}, {"target_modules": ["no_such_layer"]}):
+        (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(told | change))
+        with pytest.raises(ValueError, match="cannot load policy") as error:
+            load_policy(str(tmp_path / "one"))
+        assert "\n" not in str(error.value)
+    (tmp_path / "one" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot load policy"):
+        load_policy(str(tmp_path / "one"))
