@@ -146,7 +146,7 @@ def reward_parts(
         reads = plain_reads(model, turns, inputs, texts, tails)
     else:
         reads = packed_reads(model, turns, inputs, texts, tails, chunk, rows_at_once or len(texts))
-    return [gather_parts(own, *pair, len(gold)) for own, *pair in zip(at, *reads, strict=True)]
+    return [gather_parts(own, tokens, ends, len(gold)) for own, tokens, ends in zip(at, *reads, strict=True)]
 
 
 def check_call(
