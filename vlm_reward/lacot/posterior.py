@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 
 from .subtb import group_loss, subtb_loss
 from ..train.advantage import Scale, group_advantage
@@ -219,8 +219,8 @@ def balance_loss(
     "Sub-trajectory balance of draws; untempered log q, however they were drawn."
     ways = read_ways(table, states)
     values = torch.where(states >= 0, rewards[states.clamp(min=0)], 0.0)
-    rows = [value.flatten(0, 1) for value in (values, ways.logprobs, ways.stop_logprobs, ways.mask)]
-    losses = subtb_loss(*rows).view(states.shape[:2])
+    rows = (value.flatten(0, 1) for value in (values, ways.logprobs, ways.stop_logprobs, ways.mask))
+    losses = subtb_loss(*rows, gamma=1.0).view(states.shape[:2])
     kept = torch.ones_like(losses) if keep is None else keep(ways.ends).float()
     return (losses * kept).sum(-1) / kept.sum(-1).clamp(min=1)
 
@@ -312,8 +312,8 @@ def against(
 # %% ../../nbs/lacot/06_posterior.ipynb #6c11d8a7
 def plot_learning(
     seen: pd.DataFrame,  # what `learn` saw, with a column `arm`
-    axes: Sequence[plt.Axes],  # one per number
-) -> Sequence[plt.Axes]:
+    axes: Sequence[Axes],  # one per number
+) -> Sequence[Axes]:
     "Draw each number over the steps: means over runs, and the range of the runs."
     names = [name for name in seen.columns if name not in ("arm", "run", "step")]
     for ax, name in zip(axes, names, strict=True):
