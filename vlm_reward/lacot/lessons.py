@@ -38,7 +38,7 @@ def lesson_pieces(
     answer = (answer_ids(turns, processor, lesson.answer), True)
     if lesson.rationale is None:
         return [(turns.skip, False), answer]
-    rationale = rationale_ids(processor, lesson.rationale)
+    rationale = rationale_ids(processor, lesson.rationale, turns)
     if turns.stop in rationale:
         spelt = processor.tokenizer.convert_ids_to_tokens(turns.stop)
         raise ValueError(f"the rationale {shown(lesson.rationale)} holds {spelt!r}, which ends it: take it out")
