@@ -270,7 +270,7 @@ def plot_scores(
     shares = candidates.answer_logprobs.exp()
     names = [answer if len(answer) <= 24 else f"{answer[:21]}..." for answer in candidates.answers]
     drawn = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    ax.scatter(range(shares.shape[1]), candidates.own, s=90, facecolors="none", edgecolors="w", linewidths=1.5)
+    ax.scatter(range(shares.shape[1]), candidates.own, s=90, facecolors="none", edgecolors="tab:red", linewidths=2)
     ax.figure.colorbar(drawn, ax=ax, label="pi(Y | X, Z)")
     ax.set_yticks(range(len(candidates.answers)), [name or "(empty)" for name in names])
     ax.set_xticks(range(shares.shape[1]), [str(j + 1) for j in range(shares.shape[1])])
