@@ -66,7 +66,8 @@ def tail_query(
                 before += [] if number else [(row, tail.keep - 1)]
     where = trunk.states.device
     known = trunk.states[tuple(torch.tensor(before, device=where).T)] if before else None
-    return Query(torch.tensor(index, device=where), torch.tensor(tokens, device=where), known=known)
+    asked = torch.tensor([index, tokens], dtype=torch.long, device=where)
+    return Query(*asked, known=known)
 
 
 def hang_tails(
