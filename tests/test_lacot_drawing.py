@@ -243,6 +243,17 @@ def test_pictures_are_read_once_for_all_rationales_of_a_question():
     assert sum(seen) == 3  # pictures in three rows
 
 
+@EACH
+def test_a_row_that_repeats_is_prepared_once(family, monkeypatch):
+    model, processor = small(family)
+    rows = [ROWS[1], ROWS[0], ROWS[1], ROWS[2], ROWS[1], ROWS[0]]
+    plain = encode_questions(processor, rows)
+    seen = []
+    monkeypatch.setattr(module, "encode_questions", lambda p, some: seen.append(len(some)) or encode_questions(p, some))
+    ours = module.encode_each(model, processor, rows)
+    assert seen == [3] and ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
 def test_a_model_that_cannot_share_its_reading(monkeypatch):
     model, processor = small("llava")
     turns = turns_of(processor)

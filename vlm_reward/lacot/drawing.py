@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['end_ids', 'drawing_config', 'Rationale', 'drawing', 'draw_rationales', 'thought', 'Answer', 'answer_of',
-           'write_answers']
+           'encode_each', 'write_answers']
 
 # %% ../../nbs/lacot/02_drawing.ipynb #4e8fbb5f
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..core.rows import Row
 from .turns import Turns, before_answer, encode_questions, follow
-from ..policy.families import bare_model, image_token_ids
+from ..policy.families import bare_model, image_token_ids, take_prompts
 from ..policy.prefill import prefill_problem, replaced
 from vlm_reward.policy.sampling import (
     Sample,
@@ -141,6 +141,21 @@ def answer_of(processor: Any, turns: Turns, drawn: Sample) -> Answer:
     return Answer(text, [*ids, *(turns.closing if drawn.finished else ())], drawn.finished)
 
 
+def encode_each(
+    model: PreTrainedModel,
+    processor: Any,
+    rows: Sequence[Row],  # of which some may be the same object
+) -> dict[str, Any]:  # model inputs of all of them, padded on the left
+    "X of each row; the pictures of a row that repeats are prepared once."
+    once = {id(row): row for row in rows}
+    if len(once) == len(rows):
+        return encode_questions(processor, rows)
+    number = {key: i for i, key in enumerate(once)}
+    which = torch.tensor([number[id(row)] for row in rows])
+    counts = [len(row["images"]) for row in once.values()]
+    return take_prompts(model, encode_questions(processor, list(once.values())), which, images_per_prompt=counts)
+
+
 def write_answers(
     model: PreTrainedModel,  # pi: the answerer, wrapped or not
     processor: Any,
@@ -167,7 +182,7 @@ def write_answers(
         for start in range(0, len(rows), batch_size):
             some, thoughts = rows[start : start + batch_size], rationales[start : start + batch_size]
             before = [before_answer(turns, ids) for ids in thoughts]
-            inputs = follow(model, encode_questions(processor, some), before)
+            inputs = follow(model, encode_each(model, processor, some), before)
             check_room(bare_model(model), some, inputs, max_tokens + 1)
             written += sample_batch(model, processor, inputs, range(len(some)), config)
     return [answer_of(processor, turns, answer) for answer in written]
