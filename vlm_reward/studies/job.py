@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['target_completion', 'torch_threads', 'told_before', 'save_policy', 'begin', 'stage_place', 'stage_run', 'run_stage',
-           'start_of', 'run_job', 'train_arm']
+           'start_of', 'run_job', 'measure', 'train_arm']
 
 # %% ../../nbs/studies/04_job.ipynb #1cc87167
 import contextlib
@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,30 @@ from ..core.rows import Row
 from ..core.runs import Run
 from ..core.store import cannot_write
 from ..data.behaviours import BEHAVIOURS, classify
+from ..lacot.lessons import encode_lessons
+from ..lacot.turns import turns_of
 from ..policy.families import load_policy
-from ..rewards.presets import Preset
+from ..policy.sampling import sample
 from vlm_reward.studies.design import (
     Ground,
     Job,
     StudyConfig,
     arm_preset,
-    grpo_settings,
+    arm_settings,
     held_out_rows,
     instruct,
     instructions,
     replay_rows,
+    rows_to_choose,
     training_rows,
 )
 from .evaluate import behaviour_of, evaluate, is_all_answer
 from .fingerprint import rows_fingerprint
+from .pairs import Pair, keep_reasoning, train_pair, whole_pair
+from .reasoning import lessons_for, speaker
+from .selection import choose
 from .workers import Tick
-from ..train.grpo import GRPOSettings, train_grpo
+from ..train.grpo import train_grpo
 from ..train.sft import SFTSettings, train_sft
 
 # %% ../../nbs/studies/04_job.ipynb #f49b28d5
@@ -115,6 +122,9 @@ def stage_place(
         "rows": rows_fingerprint(ground.training),
         "weights": ground.weights,
     }
+    if cfg.reasoning is not None:
+        taught = ("layout", "role", "without", "demonstrations")
+        config["reasoning"] = {name: whole["reasoning"][name] for name in taught}
     name = digest(config)
     return folder / "stage" / f"sft-{name}", config, name
 
@@ -141,9 +151,15 @@ def run_stage(
     with torch_threads(cfg.threads), told_before():
         model, processor = load_policy(cfg.policy, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
         text = None if cfg.prompt in ("none", "preset") else cfg.prompt
-        examples = [(row, target_completion(row)) for row in instruct(training_rows(cfg), text)]
-        train_sft(model, processor, examples, settings, run=run, progress=lambda step, _: tick(step))
+        rows = instruct(training_rows(cfg), text)
+        examples, how = [(row, target_completion(row)) for row in rows], {}
+        if cfg.reasoning is not None:
+            turns = turns_of(processor, cfg.reasoning.layout, cfg.reasoning.role)
+            examples = lessons_for(cfg.reasoning, rows, target_completion, settings.seed)
+            how = {"encode": partial(encode_lessons, processor, turns)}
+        train_sft(model, processor, examples, settings, run=run, progress=lambda step, _: tick(step), **how)
     save_policy(model, processor, run.checkpoints / "final")
+    keep_reasoning(cfg.reasoning, run.checkpoints / "final")
     run.finish({"minutes": (time.monotonic() - start) / 60})
 
 # %% ../../nbs/studies/04_job.ipynb #b00a5b92
@@ -168,50 +184,64 @@ def run_job(
 ) -> Run:  # finished
     "Train one arm with one seed, evaluate it, and fill its run folder."
     run = begin(Run.open(folder / "arms", job.name, job.config, job.digest))
-    settings, preset = grpo_settings(cfg, job.arm, job.seed), arm_preset(cfg.arms[job.arm])
-    steps, text, start = settings.steps if settings else 0, instructions(cfg, job.arm), time.monotonic()
+    settings, place, start = arm_settings(cfg, job.arm, job.seed), start_of(cfg, job.arm, stage), time.monotonic()
+    steps, text = settings.steps if settings else 0, instructions(cfg, job.arm)
     with torch_threads(cfg.threads), told_before():
-        model, processor = load_policy(**start_of(cfg, job.arm, stage))
-        if settings and preset:
-            train_arm(cfg, model, processor, instruct(training_rows(cfg), text), preset, settings, run, tick)
+        model, processor = load_policy(**place)
+        pair = whole_pair(model)
+        if settings:
+            pair = train_arm(cfg, job.arm, model, processor, instruct(training_rows(cfg), text), settings, run, tick)
         trained = time.monotonic()
-        table = evaluate(
-            model,
-            processor,
-            instruct(held_out_rows(cfg), text),
-            **{name: getattr(cfg.eval, name) for name in ("samples", "greedy", "max_new_tokens", "batch_size")},
-            seed=cfg.eval.seed + job.seed,
-            progress=lambda done: tick(steps + math.ceil(done / cfg.eval.batch_size)),
-        )
-    run.save_table("evaluation", table)
+        measure(cfg, job, pair, processor, instruct(held_out_rows(cfg), text), run, lambda n: tick(steps + n))
     if cfg.save_checkpoints:
-        save_policy(model, processor, run.checkpoints / "final")
+        save_policy(pair.sampler, processor, run.checkpoints / "final")
+        keep_reasoning(cfg.reasoning, run.checkpoints / "final", pair, place["name"])
     end = time.monotonic()
     run.finish({"minutes": (end - start) / 60, "training_minutes": (trained - start) / 60})
     return run
 
 
+def measure(
+    cfg: StudyConfig,
+    job: Job,
+    pair: Pair,  # what was trained, and what answers
+    processor: Any,
+    rows: Sequence[Row],  # held out, with the arm's instructions
+    run: Run,  # where tables go
+    tick: Tick,  # told how many batches are done
+) -> None:
+    "Evaluate a policy, and let rules choose among its answers, if the study asks for that."
+    size, seed = cfg.eval.batch_size, cfg.eval.seed + job.seed
+    speak: Any = sample if cfg.reasoning is None else speaker(cfg.reasoning, processor, pair.frozen)
+    asked = {name: getattr(cfg.eval, name) for name in ("samples", "greedy", "max_new_tokens", "batch_size")}
+    table = evaluate(
+        pair.sampler, processor, rows, **asked, seed=seed, progress=lambda n: tick(math.ceil(n / size)), speak=speak
+    )
+    run.save_table("evaluation", table)
+    if cfg.select is not None and cfg.reasoning is not None:
+        some = rows_to_choose(cfg, rows)
+        done = lambda n: tick(math.ceil((len(table) + n) / size))  # noqa: E731
+        found = choose(pair.sampler, processor, some, speak, cfg.select, seed=seed, batch_size=size, progress=done)
+        for name, part in found.items():
+            run.save_table(name, part)
+
+
 def train_arm(
     cfg: StudyConfig,
+    arm: str,  # its name
     model: Any,  # the policy, changed in place
     processor: Any,  # its processor
     rows: Sequence[Row],  # with the arm's instructions
-    preset: Preset,  # the arm's reward
-    settings: GRPOSettings,
+    settings: Any,  # of GRPO or of rgfn
     run: Run,  # where metrics and rollouts go
     tick: Tick,  # told how many steps are done
-) -> None:
-    "Train a policy with the reward of its arm."
-    known = behaviour_of("", rows[0]) is not None
-    train_grpo(
-        model,
-        processor,
-        rows,
-        preset.rubric,
-        settings,
-        run=run,
-        classify=classify if known else None,
-        behaviours=BEHAVIOURS if known else (),
-        replay=[(row, target_completion(row)) for row in replay_rows(cfg)],
-        progress=lambda step, _: tick(step),
-    )
+) -> Pair:  # the trained policy, and who answers in a study with rationales
+    "Train a policy, or a sampler of rationales, with the reward of its arm."
+    known, preset = behaviour_of("", rows[0]) is not None, arm_preset(cfg.arms[arm])
+    how: dict[str, Any] = {"run": run, "progress": lambda step, _: tick(step)}
+    how |= {"classify": classify if known else None, "behaviours": BEHAVIOURS if known else ()}
+    if cfg.reasoning is not None:
+        return train_pair(cfg.reasoning, model, processor, rows, preset, settings, cfg.rgfn, how)
+    assert preset is not None  # an arm without is not trained
+    replay = [(row, target_completion(row)) for row in replay_rows(cfg)]
+    return whole_pair(train_grpo(model, processor, rows, preset.rubric, settings, replay=replay, **how))

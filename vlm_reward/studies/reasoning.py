@@ -72,6 +72,10 @@ def check_reasoning(
     """
     if cfg.reasoning is None:
         check_plain(cfg)
+    for field, place in OWN.items():
+        value = getattr(cfg.rgfn, field)
+        if value != getattr(type(cfg.rgfn)(), field):
+            raise ConfigError(f"rgfn.{field}: {value!r} is not used; set {place}, which holds for all arms")
     for name, arm in cfg.arms.items():
         other = {"grpo": "rgfn", "rgfn": "grpo"}[arm.algorithm]
         if found := getattr(arm, other):

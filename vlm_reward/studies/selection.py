@@ -134,7 +134,8 @@ def seconds_table(
 ) -> pd.DataFrame:  # rule, n, seconds of a question
     "What a question took, by rule and n."
     rows, lines = table["row_id"].nunique(), []
-    for (rule, n), part in table.groupby(["rule", "n"], sort=False):
+    for key, part in table.groupby(["rule", "n"], sort=False):
+        rule, n = key  # type: ignore[misc]
         share = part["scored"].sum() / max(everything, 1)
         drawn = spent.get("greedy", 0.0) if rule == "greedy" else spent["draw"] * n / most  # type: ignore[operator]
         lines.append({"rule": rule, "n": n, "seconds": (drawn + share * spent.get("score", 0.0)) / rows})
