@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_reward.lacot.turns import (
     Turns,
     answer_ids,
+    before_answer,
     encode_questions,
     follow,
     rationale_ids,
@@ -69,10 +70,8 @@ def ids_of(processor, text):
 
 def joined(processor, turns, rationale, answer):
     "The pieces behind a question."
-    answered = answer_ids(turns, processor, answer)
-    if rationale is None:
-        return [*turns.skip, *answered]
-    return [*turns.opening, *rationale_ids(processor, rationale, turns), turns.stop, *turns.bridge, *answered]
+    ids = None if rationale is None else rationale_ids(processor, rationale, turns)
+    return [*before_answer(turns, ids), *answer_ids(turns, processor, answer)]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -152,6 +151,15 @@ def test_following_twice_is_following_once(texts, data):
     assert all(torch.equal(twice[name], once[name]) for name in once)
     for ids, real, text in zip(once["input_ids"], once["attention_mask"].bool(), texts, strict=True):
         assert ids[real].tolist()[len(ids[real]) - len(text) :] == text
+
+
+def test_following_without_a_mask():
+    "Rows of one length may come without one; behind texts of several lengths there is padding, and it must be masked."
+    model, processor = small("llava")
+    questions = encode_questions(processor, make_rows([(1, 2), (1, 2)]))
+    bare = {name: value for name, value in questions.items() if name != "attention_mask"}
+    ours, plain = (follow(model, inputs, [[20, 21, 22], [20]]) for inputs in (bare, questions))
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
 def test_a_header_is_written_as_the_template_writes_roles():
