@@ -48,7 +48,8 @@ def weighted_pair_loss(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma {gamma!r} is no weight: want 0 (neighbours alone) to 1 (all pairs alike)")
     mask = mask.bool()
-    kept, total, weights = torch.where(mask, values, 0.0), values.new_zeros(len(values)), values.new_zeros(len(values))
+    kept, weights = torch.where(mask, values, 0.0), values.new_zeros(len(values))
+    total = kept[:, :0].sum(1)  # 0, and a gradient can go through it
     for distance in range(1, values.shape[1]):
         both, weight = mask[:, distance:] & mask[:, :-distance], gamma ** (distance - 1)
         apart = (kept[:, distance:] - kept[:, :-distance]).square()

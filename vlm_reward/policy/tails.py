@@ -67,7 +67,7 @@ def tail_query(
     where = trunk.states.device
     known = trunk.states[tuple(torch.tensor(before, device=where).T)] if before else None
     asked = torch.tensor([index, tokens], dtype=torch.long, device=where)
-    return Query(*asked, known=known)
+    return Query(asked[0], asked[1], known=known)
 
 
 def hang_tails(
