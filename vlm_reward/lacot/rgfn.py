@@ -138,6 +138,14 @@ class RGFNTrainer(Trainer):
             self.write_down()
         return loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model is not None or has_adapters(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        bare = bare_model(self.model)  # weights are saved under other names than they are held, and loaded under them
+        saved = type(bare).from_pretrained(resume_from_checkpoint, dtype=bare.dtype)
+        bare.load_state_dict(saved.state_dict())
+
     def write_down(self) -> None:
         "Sum up a step of all processes, and store its rationales."
         mine = [told_of(question, outcome, self.recorder) for question, outcome in self.outcomes]
