@@ -16,6 +16,8 @@ from ..core.config import ConfigError
 def alone(
     given: Sequence[str],  # overrides
     arm: str,  # name of the arm, may be empty
+    algorithm: str
+    | None = None,  # "rgfn" needs to know where rationales stand; the pocket was taught to write them in tags
 ) -> list[str]:  # more overrides, to come first
     """What a training without a file needs besides its flags: a name, one arm, and a measurement of the task.
 
@@ -26,16 +28,17 @@ def alone(
     tasks = [change.partition("=")[2] for change in given if change.startswith("data.name=")]
     task = tasks[-1] if tasks else "scenes/relation"
     arms, measured = json.dumps({arm: {}}), json.dumps({task: 200})
-    return ["name=train", "seeds=0", f"arms={arms}", f"eval.tasks={measured}"]
+    reasoning = ["reasoning={layout: section}"] if algorithm == "rgfn" else []
+    return ["name=train", "seeds=0", f"arms={arms}", f"eval.tasks={measured}", *reasoning]
 
 # %% ../../nbs/studies/08_single.ipynb #87637a77
 def only_rewarded(
     cfg: Any,  # a `StudyConfig`
 ) -> str:  # name of the arm
-    "The arm that is meant when none is named."
-    arms = [name for name, arm in cfg.arms.items() if arm.reward != "none"]
+    "The trained arm, which is meant when none is named."
+    arms = [name for name, arm in cfg.arms.items() if arm.reward != "none" or arm.algorithm == "rgfn"]
     if len(arms) != 1:
         raise ConfigError(
-            f"arm: the study has {len(arms)} rewarded arms; choose with --arm one of {', '.join(cfg.arms)}"
+            f"arm: the study has {len(arms)} trained arms; choose with --arm one of {', '.join(cfg.arms)}"
         )
     return arms[0]
