@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['UNSURE', 'Loss', 'all_strings', 'table_logprobs', 'string_logprobs', 'table_of', 'Problem', 'make_problem',
            'log_rewards', 'posterior', 'modes', 'total_variation', 'modes_found', 'entropy', 'draw_strings', 'Ways',
-           'read_ways', 'balance_loss', 'action_logprobs', 'climb_loss', 'temperatures', 'learn', 'against',
-           'plot_learning']
+           'read_ways', 'balance_loss', 'action_logprobs', 'climb_loss', 'learn', 'against', 'plot_learning']
 
 # %% ../../nbs/lacot/06_posterior.ipynb #a14c8d8b
 import math
@@ -19,7 +18,8 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 
-from .subtb import group_loss, subtb_loss
+from .guide import draw_temperatures
+from .subtb import subtb_loss
 from ..train.advantage import Scale, group_advantage
 from ..train.loss import grpo_loss
 
@@ -256,27 +256,16 @@ def climb_loss(
 Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # table, states, step -> (runs,)
 
 
-def temperatures(
-    shape: tuple[int, int],  # runs, draws
-    explore: float,  # share of draws that are tempered, in [0, 1]
-    low: float,  # their lowest temperature, above 0
-    generator: torch.Generator,
-) -> torch.Tensor:  # (runs, draws) in [low, 1]
-    "1 for most draws, and something lower for those that explore."
-    tempered = torch.rand(shape, generator=generator) < explore
-    return torch.where(tempered, low + (1 - low) * torch.rand(shape, generator=generator), 1.0)
-
-
 def learn(
     start: torch.Tensor,  # (S, A + 1) log-probabilities, finite but for what cannot be chosen
     loss: Loss,
     watch: Callable[[torch.Tensor], dict[str, torch.Tensor]],  # chances (runs, S) -> numbers, each (runs,)
     *,
     runs: int = 5,  # independent ones, with noise of their own
-    steps: int = 400,
+    steps: int = 300,
     draws: int = 16,  # per step and run
     lr: float = 0.05,  # of Adam
-    explore: float = 0.0,  # share of tempered draws, in [0, 1]
+    explore: float = 0.0,  # share of steps, of each run, whose draws are tempered, in [0, 1]
     explore_low: float = 0.5,  # their lowest temperature
     every: int = 20,  # steps between two looks
     seed: int = 0,
@@ -290,7 +279,8 @@ def learn(
         if step % every == 0:
             numbers = watch(string_logprobs(table.detach()).exp())
             seen.append(pd.DataFrame({"run": range(runs), "step": step} | {k: v.numpy() for k, v in numbers.items()}))
-        states = draw_strings(table.detach(), temperatures((runs, draws), explore, explore_low, noise), noise)
+        heat = torch.tensor(draw_temperatures(runs, explore, explore_low, noise))[:, None].expand(runs, draws)
+        states = draw_strings(table.detach(), heat, noise)
         optimizer.zero_grad()
         loss(table, states, step).sum().backward()
         optimizer.step()
