@@ -380,6 +380,14 @@ def test_every_field_of_a_study_can_be_given_as_a_flag(tiny):
         "decay": "cosine",
         "trl": "{top_k: 3}",
         "observing": "{layers: all}",
+        "balance": "group",
+        "filter": "mean",
+        "empty": "turn",
+        "layout": "section",
+        "gamma": "0.5",
+        "explore": "0.5",
+        "explore_low": "0.75",
+        "trainer": "{logging_first_step: true}",
     }
     for info in describe_fields(cls):
         last, kind = info.name.split(".")[-1], type_name(info.annotation)
@@ -389,7 +397,7 @@ def test_every_field_of_a_study_can_be_given_as_a_flag(tiny):
             or {"true": "false", "false": "true"}.get(str(info.default).lower())
             or ("3" if "number" in kind else "words")
         )
-        if info.name.startswith("sft"):
+        if info.name.startswith(("sft", "reasoning", "select")):
             continue  # null in this study; tested as a whole below
         from vlm_reward.core.flags import take_overrides
 
@@ -398,6 +406,8 @@ def test_every_field_of_a_study_can_be_given_as_a_flag(tiny):
         after = plain(load_config(cls, tiny, overrides))
         assert after != before, info.name
     assert load_config(cls, tiny, ["sft.steps=5"]).sft.steps == 5
+    assert load_config(cls, tiny, ["reasoning.layout=section"]).reasoning.layout == "section"
+    assert load_config(cls, tiny, ["reasoning.layout=turn", "select.n=[1, 3]"]).select.n == (1, 3)
 
 
 def test_the_runs_of_train_are_those_of_the_study(call, tiny):
@@ -418,6 +428,26 @@ def test_train_without_a_file_measures_the_task_it_rewards(call):
         and cfg["save_checkpoints"]
     )
     assert "/arms/format-seed3-" in out
+
+
+def test_rgfn_can_be_trained_by_flags_alone(call):
+    code, said, _ = call("train", "--algorithm", "rgfn", "--rgfn.steps", 3, "--dry-run")
+    config = yaml.safe_load(said.partition("# to be run")[0])
+    assert code == 0 and "arms/rgfn-seed0" in said
+    assert config["arms"]["rgfn"]["algorithm"] == "rgfn" and config["arms"]["rgfn"]["reward"] == "none"
+    assert config["reasoning"]["layout"] == "section" and config["rgfn"]["steps"] == 3
+
+
+def test_an_algorithm_can_be_named_for_a_reward(call, tiny):
+    code, said, _ = call(
+        "train", tiny, "--reward", "accuracy", "--algorithm", "rgfn", "--reasoning", "{layout: section}", "--dry-run"
+    )
+    assert code == 0 and "arms/accuracy-seed0" in said
+    assert yaml.safe_load(said.partition("# to be run")[0])["arms"]["accuracy"]["algorithm"] == "rgfn"
+    code, _, error = call("train", tiny, "--arm", "accuracy", "--algorithm", "rgfn", "--dry-run")
+    assert code == 2 and "add reasoning" in error
+    code, _, error = call("train", tiny, "--algorithm", "rgfm")
+    assert code == 2 and "rgfm" in error
 
 
 def test_a_rehearsal_of_evaluate_and_build_writes_nothing(call, tmp_path):
