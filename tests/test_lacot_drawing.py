@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from test_policy_families import Wrapped
 from test_policy_packing import SPECIMENS, fresh, make_rows, refusal, small
 from transformers import GenerationConfig
 
@@ -290,6 +291,20 @@ def test_sampler_and_answerer_are_two():
         assert write_answers(pi, processor, turns, ROWS, [[40], [], None], **greedy) == before
     assert write_answers(adapted, processor, turns, ROWS, [[40], [], None], **greedy) != before
     assert draw_rationales(adapted, processor, turns, ROWS, **greedy)
+
+
+def test_wrapped_models_draw_as_they_do_inside():
+    model, processor = fresh("llava")
+    turns, greedy = turns_of(processor), {"temperature": 0, "max_tokens": 6}
+    adapted = add_lora(model, 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    for draw, more in ((draw_rationales, ()), (write_answers, ([[40], [], None],))):
+        wrapped = draw(Wrapped(adapted), processor, turns, ROWS, *more, **greedy)
+        assert wrapped == draw(adapted, processor, turns, ROWS, *more, **greedy)
+        with answering(adapted) as pi:
+            assert wrapped != draw(pi, processor, turns, ROWS, *more, **greedy)
 
 
 def test_the_models_own_penalties_are_not_taken_over():

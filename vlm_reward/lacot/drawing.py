@@ -55,7 +55,8 @@ def drawing_config(
     if not 0 <= min_tokens <= max_tokens or max_tokens < 1 or not temperature >= 0:
         wanted = "want 0 <= min_tokens <= max_tokens, max_tokens >= 1 and temperature >= 0"
         raise ValueError(f"{wanted}, got {min_tokens}, {max_tokens} and {temperature}: raise one or lower the other")
-    config = sampling_config(model, processor, temperature=temperature, max_new_tokens=max_tokens + 1)
+    chance = {"temperature": temperature, "max_new_tokens": max_tokens + 1}
+    config = sampling_config(bare_model(model), processor, **chance)
     others = {*end_ids(model, processor), *image_token_ids(model)} - {stop}
     config.update(eos_token_id=stop, suppress_tokens=sorted(others) or None, min_new_tokens=min_tokens or None)
     return config
@@ -102,7 +103,7 @@ def draw_rationales(
     if min(n, batch_size) < 1:
         raise ValueError(f"want n and batch_size of at least 1, got {n} and {batch_size}")
     bounds = {"temperature": temperature, "min_tokens": min_tokens, "max_tokens": max_tokens}
-    config = drawing_config(model, processor, turns.stop, **bounds)
+    bare, config = bare_model(model), drawing_config(model, processor, turns.stop, **bounds)
 
     def encode(processor: Any, some: Sequence[Row]) -> dict[str, Any]:
         return follow(model, encode_questions(processor, some), [turns.opening] * len(some))
@@ -110,11 +111,11 @@ def draw_rationales(
     drawn: list[Sample] = []
     with drawing(model, config, seed):
         work = [i for i in range(len(rows)) for _ in range(n)]
-        if prefill_problem(model, generation_config=config):  # then every rationale has its own prompt
+        if prefill_problem(bare, generation_config=config):  # then every rationale has its own prompt
             rows, work = [rows[i] for i in work], list(range(len(work)))
         for which, inputs in encoded_batches(processor, rows, work, batch_size, encode):
-            check_room(bare_model(model), rows[which[0] : which[-1] + 1], inputs, max_tokens + 1)
-            drawn += sample_batch(model, processor, inputs, [i - which[0] for i in which], config)
+            check_room(bare, rows[which[0] : which[-1] + 1], inputs, max_tokens + 1)
+            drawn += sample_batch(bare, processor, inputs, [i - which[0] for i in which], config)
     thoughts = [thought(processor, turns, some) for some in drawn]
     return [thoughts[i : i + n] for i in range(0, len(thoughts), n)]
 
@@ -177,12 +178,12 @@ def write_answers(
         given = f"{len(rows)} rows, {len(rationales)} rationales and batch_size {batch_size}"
         raise ValueError(f"got {given}: want one rationale or None per row, and batch_size of at least 1")
     bounds = {"temperature": temperature, "min_tokens": 0, "max_tokens": max_tokens}
-    config, written = drawing_config(model, processor, turns.closing[0], **bounds), []
+    config, bare, written = drawing_config(model, processor, turns.closing[0], **bounds), bare_model(model), []
     with drawing(model, config, seed):
         for start in range(0, len(rows), batch_size):
             some, thoughts = rows[start : start + batch_size], rationales[start : start + batch_size]
             before = [before_answer(turns, ids) for ids in thoughts]
             inputs = follow(model, encode_each(model, processor, some), before)
-            check_room(bare_model(model), some, inputs, max_tokens + 1)
-            written += sample_batch(model, processor, inputs, range(len(some)), config)
+            check_room(bare, some, inputs, max_tokens + 1)
+            written += sample_batch(bare, processor, inputs, range(len(some)), config)
     return [answer_of(processor, turns, answer) for answer in written]
