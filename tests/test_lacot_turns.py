@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policy_packing import SPECIMENS, make_rows, make_texts, refusal, small
@@ -88,6 +90,43 @@ def test_pieces_are_what_the_template_renders(name):
     plain = ids_of(processor, processor.apply_chat_template([*asked, message("assistant", "2")]))
     pieces = question + joined(processor, turns, None, "2")
     assert pieces == plain[: len(pieces)]
+
+
+def published(name):
+    "A chat template as its authors wrote it; TRL keeps copies."
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"this version of TRL keeps no template {name}")
+    return Processor(path.read_text(), "</s>", "<end_of_turn>", "<start_of_turn>")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "lfm2_2_5_vl"])
+def test_pieces_are_what_published_templates_render(name):
+    processor = published(name)
+    turns, asked = turns_of(processor), [message("user", "How many?")]
+    question = ids_of(processor, processor.apply_chat_template(asked))
+    for rationale in (None, "I see two."):
+        thought = [] if rationale is None else [message("Analyzer", rationale)]
+        whole = ids_of(processor, processor.apply_chat_template([*asked, *thought, message("assistant", "2")]))
+        pieces = question + joined(processor, turns, rationale, "2")
+        assert (pieces == whole[: len(pieces)]) == (name != "qwen3_vl" or rationale is None)  # which drops the role
+        if rationale is None:  # what the policy is asked with
+            asking = ids_of(processor, processor.apply_chat_template(asked, add_generation_prompt=True))
+            assert asking == question + list(turns.skip)
+    assert turns_of(processor, "section").closing[1] == turns.stop
+
+
+def test_published_templates_without_an_assistant():
+    for name in ("llava_next", "gemma3"):
+        processor = published(name)
+        refusal("no header for the role 'Analyzer'.*use the layout 'section'", turns_of, processor)
+        turns = turns_of(processor, "section")
+        assert processor.tokenizer.decode(list(turns.skip)).endswith("<answer>")
+
+
+def test_a_template_that_cannot_be_rendered_is_one_line():
+    bad = "{% for m in messages %}{{ raise_exception('only pictures\nplease') }}{% endfor %}"
+    refusal("the chat template cannot be rendered: only pictures; want one that", turns_of, Processor(bad))
 
 
 @pytest.mark.parametrize("family", SPECIMENS)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.response import parse_response
 from ..core.rows import Row
 from ..core.words import did_you_mean, shown
 from ..policy.branches import first_placeholder, real_tokens
-from ..policy.families import family_of
+from ..policy.families import family_of, first_words
 from ..policy.sampling import encode_prompts
 
 # %% ../../nbs/lacot/00_turns.ipynb #6452399b
@@ -57,13 +58,18 @@ def template_parts(
 ) -> tuple[str, str, str]:  # header of the assistant's turn, blanks before its text, what follows its text
     """What a chat template writes around the text of an assistant.
 
-    - Raises: `ValueError` if a conversation that goes on does not begin like the one that stopped.
+    - Raises: `ValueError` if it cannot be rendered, or if a conversation that goes on does not begin like the one that
+      stopped.
     """
     asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     told = [*asked, {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}]
-    question = processor.apply_chat_template(asked, tokenize=False)
-    headed = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = processor.apply_chat_template(told, tokenize=False)
+    try:
+        question = processor.apply_chat_template(asked, tokenize=False)
+        headed = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = processor.apply_chat_template(told, tokenize=False)
+    except TemplateError as error:
+        said = f"the chat template cannot be rendered: {first_words(error)}"
+        raise ValueError(f"{said}; want one that takes a user's and an assistant's text") from error
     if not (headed.startswith(question) and whole.startswith(question) and PROBE in whole):
         raise ValueError(f"the chat template writes {shown(headed)} and {shown(whole)}: want both to begin alike")
     header, (turn, _, after) = headed[len(question) :], whole[len(question) :].rpartition(PROBE)
