@@ -49,9 +49,11 @@ def roll_choices(
 RATIONALES = {  # measure -> its mean and its spread between questions
     "tokens": (10.0, 2.0),
     "cut off": (0.0, 0.0),
-    "distinct": (0.4, 0.1),
-    "self bleu": (0.5, 0.1),
+    "distinct-1": (0.3, 0.1),
+    "distinct-2": (0.4, 0.1),
+    "self-BLEU": (0.5, 0.1),
     "edit distance": (0.4, 0.1),
+    "distinct texts": (0.6, 0.1),
     "states answer": (0.1, 0.1),
     "states early": (0.02, 0.02),
     "swap gap": (0.5, 0.4),

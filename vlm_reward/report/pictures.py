@@ -158,6 +158,11 @@ CURVES = {
     "completions/clipped_ratio": Curve("cut-off completions", "share (%)", 100),
     "entropy": Curve("entropy", "nats per token"),
     "kl": Curve("KL to the reference", "nats per token"),
+    "log_reward": Curve("log reward of drawn rationales", "nats"),
+    "kept_frac": Curve("rationales kept by the filter", "share (%)", 100),
+    "residual": Curve("distance from balance", "nats"),
+    "rationale_tokens": Curve("rationale length", "tokens"),
+    "stop_rate": Curve("rationales that end", "share (%)", 100),
     "grad_norm": Curve("gradient norm", "before clipping"),
 }
 

@@ -84,13 +84,15 @@ class Measure(NamedTuple):
 MEASURES = {
     "tokens": Measure("tokens in a rationale", 1),
     "cut off": Measure("share of rationales that were cut off"),
-    "distinct": Measure("distinct pairs of tokens among those of a question (1: no pair twice)"),
-    "self bleu": Measure("self-BLEU among those of a question (1: all alike)"),
+    "distinct-1": Measure("distinct words among those of a question (1: no word twice)"),
+    "distinct-2": Measure("distinct pairs of words among those of a question"),
+    "self-BLEU": Measure("self-BLEU among those of a question (1: all alike)"),
     "edit distance": Measure("edit distance between two of a question (0: equal, 1: nothing shared)"),
-    "states answer": Measure("share that states the chosen answer"),
+    "distinct texts": Measure("distinct texts among those of a question"),
+    "states answer": Measure("share that states the answer that follows"),
     "states early": Measure("share that states it in the first half"),
-    "swap gap": Measure("nats that the answer loses with the rationale of another question", 2, True),
-    "correlation": Measure("rank correlation of log reward and being right, within a question", 2, True),
+    "swap gap": Measure("nats that the gold answer loses with the rationale of another question", 2, True),
+    "correlation": Measure("correlation of log reward and a right answer, within a question", 2, True),
 }
 
 

@@ -90,8 +90,9 @@ def payoff_table(
 ) -> pd.DataFrame:  # one line per arm and behaviour; empty if no rollout has a behaviour
     "Mean points and mean advantage of each behaviour in the stored training steps."
     rollouts = study.rollouts
-    if "behaviour" not in rollouts or rollouts["behaviour"].isna().all():
+    if "behaviour" not in rollouts or "reward" not in rollouts:
         return pd.DataFrame(columns=["arm", "behaviour", "completions", "points"])
+    rollouts = rollouts.dropna(subset=["behaviour", "reward"])  # rationales that are paid by likelihood earn no points
     values = {"points": ("reward", "mean")} | ({"advantage": ("advantage", "mean")} if "advantage" in rollouts else {})
     found = rollouts.groupby(["arm", "behaviour"]).agg(completions=("reward", "size"), **values).reset_index()
     order = [*study.arms, *behaviours_in(found["behaviour"])]

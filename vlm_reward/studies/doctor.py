@@ -117,6 +117,8 @@ def trial_of(
     - Raises: `ConfigError` for an arm that is not trained; `ValueError` for rows, rewards or a policy that cannot be used.
     """
     settings = grpo_settings(cfg, arm, seed)
+    if cfg.reasoning is not None:
+        raise ConfigError("reasoning: doctor makes steps of one turn; run it with --reasoning null, on an arm of grpo")
     if settings is None:
         raise ConfigError(f"arm {arm!r} is only evaluated; choose an arm with a reward")
     if min(most, steps - 1) < 1:
