@@ -1,0 +1,321 @@
+"Choosing among answers: the tables against a naive count, speech in two turns, and the lessons that teach it."
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlm_reward.core.config import ConfigError, from_dict
+from vlm_reward.core.response import parse_response
+from vlm_reward.data.behaviours import classify
+from vlm_reward.lacot.bin import RULES, candidates_of, pair_scores
+from vlm_reward.lacot.pair import add_lora
+from vlm_reward.lacot.turns import answer_ids, encode_questions
+from vlm_reward.policy.families import load_policy
+from vlm_reward.studies.design import load_study
+from vlm_reward.studies.evaluate import evaluate
+from vlm_reward.studies.reasoning import (
+    RATIONALES,
+    ReasoningConfig,
+    SelectConfig,
+    check_demonstrations,
+    drawn_examples,
+    lessons_for,
+    speaker,
+)
+from vlm_reward.studies.selection import choose, equal_answers, seconds_table, tokens_scored
+from vlm_reward.worlds.scenes import scene_rows
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "lacot"
+ROWS = scene_rows("relation", 6, seed=31)
+ASKED = SelectConfig(n=(1, 2, 5))
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_policy("pocket")
+
+
+@pytest.fixture(scope="module")
+def speak(pocket):
+    model, processor = pocket
+    return speaker(ReasoningConfig("section", max_tokens=40, answer_tokens=8), processor, frozen=model)
+
+
+@pytest.fixture(scope="module")
+def tables(pocket, speak):
+    return choose(*pocket, ROWS, speak, ASKED, seed=4)
+
+
+@pytest.fixture(scope="module")
+def draws(pocket, speak):
+    "The drawings that the tables were made of."
+    return speak.think(*pocket, ROWS, n=5, temperature=1.0, seed=4, batch_size=64)
+
+
+def of(table, **wanted):
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    return table.to_dict("records")
+
+
+# --- the tables
+
+
+def test_there_is_one_line_for_each_question_rule_and_n(tables):
+    counts = Counter((line["row_id"], line["rule"], line["n"]) for line in tables["selection"].to_dict("records"))
+    wanted = {(row["id"], "greedy", 1) for row in ROWS}
+    wanted |= {(row["id"], rule, n) for row in ROWS for rule in RULES for n in ASKED.n}
+    assert set(counts) == wanted and set(counts.values()) == {1}
+
+
+def test_the_majority_is_the_most_frequent_answer_of_the_first_n(tables, draws):
+    for row, own in zip(ROWS, draws, strict=True):
+        for n in ASKED.n:
+            said = [answer.text.strip().lower() for _, answer in own[:n]]
+            most = max(Counter(said).values())
+            wanted = next(text for text in said if said.count(text) == most)
+            (line,) = of(tables["selection"], row_id=row["id"], rule="majority", n=n)
+            assert line["answer"].strip().lower() == wanted
+            assert line["correct"] == float(wanted == row["solution"])
+
+
+def test_one_answer_leaves_no_choice(tables, draws):
+    for row, own in zip(ROWS, draws, strict=True):
+        for rule in RULES:
+            (line,) = of(tables["selection"], row_id=row["id"], rule=rule, n=1)
+            assert line["answer"] == own[0][1].text
+
+
+def test_the_marginal_is_the_answer_with_the_largest_mean_probability(tables, draws, pocket, speak):
+    "Scored here one question at a time, spelling by spelling, without the module's matrices."
+    model, processor = pocket
+    for row, own in zip(ROWS[:3], draws, strict=False):
+        texts = list(dict.fromkeys(answer.text for _, answer in own))
+        spelt = [answer_ids(speak.turns, processor, text) for text in texts]
+        inputs = encode_questions(processor, [row])
+        _, matrix = pair_scores(model, speak.turns, inputs, [z.token_ids for z, _ in own], spelt)
+        best = texts[int(matrix.exp().mean(1).argmax())]
+        (line,) = of(tables["selection"], row_id=row["id"], rule="bin-marginal", n=5)
+        assert equal_answers(row, line["answer"], best)
+
+
+def test_tokens_are_those_of_the_drawings(tables, draws):
+    for row, own in zip(ROWS, draws, strict=True):
+        for n in ASKED.n:
+            closed = [len(answer.token_ids) + (0 if answer.finished else 2) for _, answer in own[:n]]
+            thought = [len(z.token_ids) + 1 for z, _ in own[:n]]
+            lines = {line["rule"]: line for line in of(tables["selection"], row_id=row["id"], n=n)}
+            spellings = {tuple(answer.token_ids) for _, answer in own[:n] if answer.finished}
+            if all(answer.finished for _, answer in own[:n]):
+                pairs = n * sum(map(len, spellings))
+                assert lines["bin-marginal"]["scored"] == pairs
+                assert lines["bin-code"]["scored"] == lines["bin-paper"]["scored"] == pairs + sum(thought)
+            assert lines["best-of-n"]["scored"] == sum(closed)
+            assert lines["majority"]["scored"] == 0
+            assert {line["written"] for rule, line in lines.items() if rule != "greedy"} == {sum(thought) + sum(closed)}
+
+
+def test_the_greedy_line_is_the_greedy_completion_of_the_evaluation(tables, pocket, speak):
+    table = evaluate(*pocket, ROWS, samples=0, seed=99, speak=speak)
+    for line in table.to_dict("records"):
+        (own,) = of(tables["selection"], row_id=line["row_id"], rule="greedy")
+        assert (own["answer"].strip() or None, own["correct"]) == (line["answer"], line["correct"])
+
+
+def test_what_rationales_are_like_is_counted_among_the_drawings(tables, draws):
+    for row, own in zip(ROWS, draws, strict=True):
+        (line,) = of(tables["rationales"], row_id=row["id"])
+        texts = [z.text for z, _ in own]
+        assert line["tokens"] == pytest.approx(np.mean([len(z.token_ids) for z, _ in own]))
+        assert line["cut off"] == pytest.approx(np.mean([not z.finished for z, _ in own]))
+        assert line["distinct texts"] == pytest.approx(len(set(texts)) / 5)
+        said = [answer.text.lower() in z.text.lower().replace(",", " ").split() for z, answer in own]
+        assert line["states answer"] == pytest.approx(np.mean(said))
+        assert line["states early"] <= line["states answer"]
+        assert np.isnan(line["correlation"]) or -1.001 <= line["correlation"] <= 1.001
+    assert tables["rationales"]["swap gap"].notna().all()
+
+
+def test_equal_seeds_give_equal_tables_and_others_do_not(tables, pocket, speak):
+    torch.manual_seed(123)
+    again, other = (choose(*pocket, ROWS, speak, ASKED, seed=seed) for seed in (4, 5))
+    for name in ("selection", "rationales"):
+        assert again[name].equals(tables[name])
+    assert not other["selection"].equals(tables["selection"])
+    assert list(tables) == ["selection", "selection_seconds", "rationales"] and "seconds" not in tables["selection"]
+
+
+def test_progress_counts_answers(pocket, speak):
+    told = []
+    choose(*pocket, ROWS, speak, SelectConfig(n=(2,), rules=("majority",)), batch_size=4, progress=told.append)
+    assert told == [4, 8, 12]
+    with pytest.raises(ValueError, match="no rows to choose"):
+        choose(*pocket, [], speak, ASKED)
+
+
+def test_seconds_add_up_to_what_was_spent(tables):
+    table = tables["selection"]
+    everything = int(sum(line["scored"] for line in of(table, rule="bin-paper", n=5)))
+    found = seconds_table(table, 5, everything, {"draw": 12.0, "score": 6.0, "greedy": 3.0})
+    clock = found.set_index(["rule", "n"])["seconds"] * len(ROWS)
+    assert clock["greedy", 1] == pytest.approx(3) and clock["bin-paper", 5] == pytest.approx(18)
+    assert clock["majority", 5] == pytest.approx(12) and clock["majority", 1] == pytest.approx(12 / 5)
+    assert len(found) == 1 + 5 * 3
+
+
+# --- equal answers
+
+
+WORDS = [
+    "left",
+    "Left.",
+    "right",
+    " LEFT ",
+    "(A)",
+    "A",
+    "B",
+    "left or right",
+    "",
+    "7",
+    "7.0",
+    "1e9",
+    "\\frac{1}{2}",
+    "0.5",
+]
+KINDS = [
+    {"choices": ["left", "right"], "answer_type": None},
+    {"choices": ["left", "right"], "answer_type": "choice"},
+    {"answer_type": "number", "unit": "m"},
+    {"answer_type": "text"},
+    {},
+]
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(KINDS), st.sampled_from(WORDS) | st.text(max_size=12), st.sampled_from(WORDS))
+def test_equality_is_symmetric_reflexive_and_blind_to_the_gold(row, a, b):
+    assert equal_answers(row, a, a) and equal_answers(row, b, b)
+    assert equal_answers(row, a, b) == equal_answers(row, b, a)
+    for gold in ("left", "7", None):
+        assert equal_answers({**row, "solution": gold}, a, b) == equal_answers(row, a, b)
+
+
+def test_answers_are_merged_by_the_rule_that_marks_them(pocket, speak):
+    row = {**ROWS[0], "choices": ["left", "right"], "answer_type": "choice"}
+    (own,) = speak.think(*pocket, ROWS[:1], n=3, temperature=1.0, seed=1, batch_size=8)
+    texts = ["left", "A", "right"]
+    ids = [answer_ids(speak.turns, pocket[1], text) for text in texts]
+    told = [(z, answer._replace(text=t, token_ids=i)) for (z, answer), t, i in zip(own, texts, ids, strict=True)]
+    found = candidates_of(*pocket, speak.turns, row, told, same=partial(equal_answers, row))
+    assert found.answers == ["left", "right"] and found.own.tolist() == [0, 0, 1]
+    assert tokens_scored(found, "bin-marginal") == 3 * sum(map(len, ids))
+
+
+# --- speech in two turns
+
+
+def test_rows_keep_their_order_whatever_they_ask_for(pocket, speak):
+    mixed = [ROWS[0], *scene_rows("where", 2, seed=31), ROWS[1], *scene_rows("what", 1, seed=31)]
+    found = speak(*pocket, mixed, n=3, seed=2, batch_size=6)
+    assert [len(group) for group in found] == [3] * 5
+    for row, group in zip(mixed, found, strict=True):
+        for sample in group:
+            assert (parse_response(sample.text).answer is not None) == bool(row["sections"])
+    right = [
+        sample.text == row["solution"]
+        for row, group in zip(mixed, found, strict=True)
+        for sample in group
+        if not row["sections"]
+    ]
+    assert np.mean(right) > 0.7
+
+
+def test_the_answerer_reads_the_question_without_adapters():
+    "The sampler is spoiled by its adapters; answers after a rationale, and plain ones, are as good as before."
+    model, processor = load_policy("pocket")
+    whole = speaker(ReasoningConfig("section", answer_tokens=8), processor, frozen=model)
+    where = scene_rows("where", 6, seed=31)
+    before = whole(model, processor, where, n=1, temperature=0.0)
+    adapted = add_lora(model, 2)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=2.0)
+    speak = speaker(ReasoningConfig("section", answer_tokens=8), processor, None)
+    after = speak(adapted, processor, where, n=1, temperature=0.0)
+    assert after == before
+    spoiled = speak(adapted, processor, ROWS, n=2)
+    assert any(parse_response(s.text).body("think") for group in spoiled for s in group)
+    objects = {row["id"]: row for row in ROWS}
+    kinds = [
+        classify(s.text, objects[row["id"]]["objects"], row["choices"])
+        for row, group in zip(ROWS, spoiled, strict=True)
+        for s in group
+    ]
+    assert "grounded" not in kinds
+
+
+# --- lessons
+
+
+def test_the_mixture_has_its_shares_and_only_what_a_rationale_decides():
+    rows = scene_rows("relation", 300, seed=8)
+    kinds = Counter(classify(text, row["objects"], row["choices"]) for row, text in drawn_examples(rows))
+    total = sum(RATIONALES.values())
+    assert set(kinds) == set(RATIONALES)
+    for name, weight in RATIONALES.items():
+        assert kinds[name] / sum(kinds.values()) == pytest.approx(weight / total, abs=0.05)
+    for row, text in drawn_examples(rows[:40]):
+        if classify(text, row["objects"], row["choices"]) != "bypass":
+            assert parse_response(text).answer == row["solution"]
+
+
+def test_lessons_are_the_same_for_the_same_seed():
+    rows = scene_rows("relation", 12, seed=8)
+    how = ReasoningConfig(demonstrations="mixture", without=0.3)
+
+    def told(seed):
+        return [(z, y) for _, z, y in lessons_for(how, rows, str, seed)]
+
+    assert told(1) == told(1) != told(2)
+    assert {z is None for z, _ in told(1)} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "words"),
+    [
+        ("mixture", {"objects": None}, "write gold"),
+        ("mixture", {"choices": None}, "write gold"),
+        ("mixture", {"sections": []}, "write gold"),
+        ("gold", {"rationale": None}, "none of the 1 has one"),
+    ],
+)
+def test_rows_that_cannot_teach_are_refused_in_one_line(kind, row, words):
+    with pytest.raises(ConfigError) as caught:
+        check_demonstrations(ReasoningConfig(demonstrations=kind), [{**ROWS[0], **row}])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- configs
+
+
+def test_rules_are_those_that_exist():
+    assert SelectConfig().rules == ("greedy", *RULES)
+    for rule in RULES:
+        assert from_dict(SelectConfig, {"rules": [rule]}).rules == (rule,)
+
+
+def test_the_pocket_study_is_what_it_says():
+    cfg = load_study(CONFIGS / "pocket.yaml")
+    assert cfg.seeds == (0, 1, 2) and cfg.select.n == (1, 5, 10) and set(cfg.select.rules) == {"greedy", *RULES}
+    assert [(arm.reward, arm.algorithm) for arm in cfg.arms.values()][:3] == [
+        ("none", "grpo"),
+        ("accuracy", "grpo"),
+        ("none", "rgfn"),
+    ]
+    assert cfg.reasoning.layout == "turn" and cfg.reasoning.role == "Analyzer"
