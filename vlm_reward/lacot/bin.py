@@ -90,7 +90,7 @@ def majority(
     candidates: Candidates,
 ) -> torch.Tensor:  # (K,) shares, which sum to 1
     "The share of draws that gave an answer."
-    return torch.bincount(candidates.own, minlength=len(candidates.answers)) / len(candidates.own)
+    return torch.bincount(candidates.own, minlength=len(candidates.answers)).double() / len(candidates.own)
 
 # %% ../../nbs/lacot/09_bin.ipynb #45b326a3
 def log_mean_exp(
@@ -269,7 +269,7 @@ def plot_scores(
     "Draw pi(Y | X, Z) of every answer after every rationale; a ring marks what each draw wrote."
     shares = candidates.answer_logprobs.exp()
     names = [answer if len(answer) <= 24 else f"{answer[:21]}..." for answer in candidates.answers]
-    drawn = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    drawn = ax.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     ax.scatter(range(shares.shape[1]), candidates.own, s=90, facecolors="none", edgecolors="tab:red", linewidths=2)
     ax.figure.colorbar(drawn, ax=ax, label="pi(Y | X, Z)")
     ax.set_yticks(range(len(candidates.answers)), [name or "(empty)" for name in names])
