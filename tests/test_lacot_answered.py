@@ -23,13 +23,15 @@ from vlm_reward.lacot.answered import (
 )
 from vlm_reward.lacot.drawing import write_answers
 from vlm_reward.lacot.pair import add_lora, frozen_copy
-from vlm_reward.lacot.turns import encode_questions, follow, split_text, turns_of, whole_text
+from vlm_reward.lacot.token_reward import token_rewards
+from vlm_reward.lacot.turns import answer_ids, encode_questions, follow, split_text, turns_of, whole_text
 from vlm_reward.policy.families import load_policy
 from vlm_reward.policy.sampling import encode_prompts
 from vlm_reward.policy.specimens import SPECIMENS, specimen
 from vlm_reward.rewards.accuracy import accuracy_reward
 from vlm_reward.rewards.format import format_reward
 from vlm_reward.rewards.length import overlong_reward
+from vlm_reward.rewards.presets import PRESETS
 from vlm_reward.rewards.rubric import Rubric
 from vlm_reward.train.grpo import GRPOSettings
 from vlm_reward.worlds.scenes import scene_rows
@@ -207,6 +209,50 @@ def test_texts_are_rewritten_like_messages_and_sections_are_there(pocket):
     assert answer in ("left", "right", "above", "below") and points == [float(answer == row["solution"])]
 
 
+@pytest.mark.parametrize("layout", ["turn", "section"])
+def test_likelihoods_are_those_of_the_answerer_row_by_row(pocket, layout):
+    "What a rationale is paid does not depend on what else is in the batch; a row without a gold answer is not paid."
+    model, processor = pocket
+    turns, rows = turns_of(processor, layout), scene_rows("relation", 3, seed=5)
+    rows[2] = {**rows[2], "solution": None}
+    asked = []
+
+    def likely(completion, token_log_reward, answer_logprob, answer_tokens):
+        asked.append((token_log_reward, answer_logprob, answer_tokens))
+        return None if token_log_reward is None else token_log_reward[-1]
+
+    told = AnsweredRubric(Rubric({"likely": likely, "again": likely}), frozen_copy(model), processor, turns)
+    assert told.columns == ()
+    thoughts = ["it looks like it", "red circle a 2", "it looks like it", ""]
+    zs, which = [processor.tokenizer(text)["input_ids"] for text in thoughts], [0, 1, 2, 0]
+    batch = {
+        "prompts": [rows[i]["prompt"] for i in which],
+        "completions": [[{"role": "assistant", "content": "?"}] for _ in which],
+        "completion_ids": [[*z, turns.stop] for z in zs],
+        **{name: [rows[i][name] for i in which] for name in ("id", "images", "solution")},
+    }
+    points = [function(**batch) for function in told.reward_funcs]
+    assert points[0] == points[1] and points[0][2] is None and asked[2] == (None, None, None)
+    for i in (0, 1, 3):
+        row, (states, answer, size) = rows[which[i]], asked[i]
+        gold = answer_ids(turns, processor, row["solution"])
+        want = token_rewards(model, turns, encode_questions(processor, [row]), [zs[i]], gold, empty="turn")[0]
+        assert states == pytest.approx(want.tolist(), abs=1e-3) and size == len(gold)
+        assert points[0][i] == pytest.approx(want[-1].item(), abs=1e-3)
+        assert want[-1].item() < answer < 0
+
+
+def test_a_step_on_the_log_reward(pocket):
+    "GRPO paid by what the reference-guided trainer samples by."
+    model, processor = pocket
+    told = AnsweredRubric(PRESETS["lacot"].rubric, frozen_copy(model), processor, turns_of(processor, "section"))
+    stage, log = GRPOSettings(steps=1, prompts_per_step=2, group_size=4, warmup=0, max_new_tokens=30), []
+    train_answered(
+        model, processor, scene_rows("relation", 2, seed=3), told, stage, progress=lambda _, m: log.append(m)
+    )
+    assert log[0]["rewards/log reward/mean"] == pytest.approx(log[0]["reward"]) and log[0]["reward"] < 0
+
+
 def test_padding_and_other_ends_do_not_belong_to_the_rationale(pocket):
     model, processor = pocket
     turns = turns_of(processor, "section")
@@ -234,7 +280,7 @@ def test_an_answerer_that_learns_is_refused(pocket):
 
 
 def test_observables_of_an_answer_that_the_policy_does_not_write_are_not_asked_for(pocket):
-    def likes(completion, answer_logprob, image_attention, answer_type):
+    def likes(completion, answer_logprob, plain_answer_logprob, image_attention, answer_type):
         return 0.0
 
     frozen = frozen_copy(pocket[0])
