@@ -1,14 +1,17 @@
 "Choosing among answers: the tables against a naive count, speech in two turns, and the lessons that teach it."
 
+import io
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm_reward.core.config import ConfigError, from_dict
 from vlm_reward.core.response import parse_response
@@ -17,7 +20,7 @@ from vlm_reward.lacot.bin import RULES, candidates_of, pair_scores
 from vlm_reward.lacot.pair import add_lora
 from vlm_reward.lacot.turns import answer_ids, encode_questions
 from vlm_reward.policy.families import load_policy
-from vlm_reward.studies.design import load_study
+from vlm_reward.studies.design import grpo_settings, load_study, rgfn_settings
 from vlm_reward.studies.evaluate import evaluate
 from vlm_reward.studies.reasoning import (
     RATIONALES,
@@ -28,6 +31,7 @@ from vlm_reward.studies.reasoning import (
     lessons_for,
     speaker,
 )
+from vlm_reward.studies.rehearsal import rehearsal
 from vlm_reward.studies.selection import choose, equal_answers, seconds_table, tokens_scored
 from vlm_reward.worlds.scenes import scene_rows
 
@@ -319,3 +323,37 @@ def test_the_pocket_study_is_what_it_says():
         ("none", "rgfn"),
     ]
     assert cfg.reasoning.layout == "turn" and cfg.reasoning.role == "Analyzer"
+
+
+STAGED = "<SUMMARY>s</SUMMARY><CAPTION>c</CAPTION><REASONING>two and {}</REASONING><CONCLUSION>{}</CONCLUSION>"
+
+
+@pytest.fixture(scope="module")
+def rationale_set(tmp_path_factory):
+    "A folder in the published schema of LLaVA-CoT-100k."
+    folder = tmp_path_factory.mktemp("llava_cot")
+    lines = []
+    for i in range(24):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), (9 * i, 5 * i, 90)).save(file, "PNG")
+        said = [("human", "<image>\nHow many?"), ("gpt", STAGED.format(i, i))]
+        talk = [{"from": who, "value": text} for who, text in said]
+        lines.append({"image": {"bytes": file.getvalue(), "path": None}, "conversations": talk})
+    pd.DataFrame(lines).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen2.5-vl-3b"])
+def test_the_studies_at_full_size_are_planned_without_weights(name, rationale_set, tmp_path):
+    few = [f"data.local={rationale_set}", "data.n=8", "eval.tasks={llava_cot: 4}"]
+    cfg = load_study(CONFIGS / f"{name}.yaml", few)
+    told = rehearsal(cfg, tmp_path)
+    assert told.count("# to be run: ") == 3 and "rgfn-seed0" in told
+    settings = rgfn_settings(cfg, "rgfn", 0)
+    assert (settings.rationales, settings.min_tokens, settings.max_tokens, settings.interval) == (6, 64, 700, 1)
+    assert (settings.lora_rank, settings.lora_alpha, settings.lr, settings.decay) == (64, 128, 1e-5, "cosine")
+    assert (settings.tolerance, settings.tolerance_end, settings.reward_temperature_end) == (1.5, 1.0, 0.7)
+    assert (settings.explore, settings.explore_low, settings.anneal_steps) == (0.25, 0.5, 50)
+    assert settings.steps * settings.questions_per_step == 3000 and settings.trainer == {"bf16": True}
+    assert grpo_settings(cfg, "grpo", 0).group_size == 6 and cfg.dtype == "bfloat16"
+    assert load_study(CONFIGS / f"{name}.yaml").data.n == 3000
