@@ -88,7 +88,8 @@ def load_pair(
     model, processor = load_policy(cfg.policy, revision=cfg.revision, **how)
     told = read_reasoning(cfg.policy)
     layout, role = (told.layout, told.role) if cfg.layout == "auto" else (cfg.layout, cfg.role)
-    frozen = load_policy(str(Path(cfg.policy) / told.answerer), **how)[0] if told.answerer else None
+    beside = Path(cfg.policy) / (told.answerer or "")
+    frozen = load_policy(str(beside) if beside.is_dir() else told.answerer, **how)[0] if told.answerer else None
     if frozen is None and not has_adapters(model):
         frozen = model
     return model, frozen, processor, turns_of(processor, layout, role)
