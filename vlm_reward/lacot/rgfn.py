@@ -55,6 +55,8 @@ from ..train.trainer import Progress, Recorder, StepSeed, quiet, release
 class RGFNTrainer(Trainer):
     "transformers' Trainer whose batches are questions and whose loss is balance."
 
+    model: Any
+    args: Any
     loss_is_scaled_for_ga = False  # a mean over questions: to be divided by the number of micro-batches
 
     def __init__(
@@ -181,8 +183,8 @@ def told_of(
     "What a process tells the others of a question."
     named = [line | {"behaviour": recorder.behaviour(line["completion"], question.row)} for line in outcome.lines]
     lines = named if recorder.classify else outcome.lines
-    told = {"lines": lines, "reference": outcome.reference, "too_long": question.too_long}
-    return told | {"loss": outcome.loss.item()}
+    told = {"lines": lines, "reference": outcome.reference, "reference_log_q": outcome.reference_log_q}
+    return told | {"too_long": question.too_long, "loss": outcome.loss.item()}
 
 
 def mean_known(
@@ -202,6 +204,7 @@ def step_metrics(
     metrics = {
         "log_reward": mean_known([line["log_reward"] for line in lines]),
         "log_reward/reference": mean_known(references),
+        "log_q/reference": mean_known([question["reference_log_q"] for question in told]),
         "kept_frac": mean_known([line["kept"] for line in lines]),
         "reference_frac": mean_known([reference is not None for reference in references]),
         "reference_too_long": mean_known([question["too_long"] for question in told]),

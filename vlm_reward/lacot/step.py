@@ -52,9 +52,9 @@ def prepare_question(
         pieces = lesson_pieces(processor, turns, Lesson(row, row.get("rationale") or None, row.get("solution") or ""))
     except ValueError as error:
         raise ValueError(f"row {row.get('id')!r}: {error}") from error
-    (answer, _), reference = pieces[-1], pieces[1][0][:-1] if row.get("rationale") else None
+    answer, reference = list(pieces[-1][0]), list(pieces[1][0][:-1]) if row.get("rationale") else None
     too_long = reference is not None and len(reference) > max_tokens
-    return Question(row, list(answer), None if too_long else reference, too_long)
+    return Question(row, answer, None if too_long else reference, too_long)
 
 
 def prepare_questions(
@@ -183,6 +183,7 @@ class Outcome(NamedTuple):
     loss: torch.Tensor  # scalar, with gradient
     lines: list[dict[str, Any]]  # one per drawn rationale
     reference: float | None  # R_ref, nats
+    reference_log_q: float | None  # log q(Z_ref T | X), nats, if it trains
 
 
 def choose(
@@ -232,7 +233,8 @@ def outcome_of(
     log_q = {i: (z.sum() + end[-1]).item() for i, z, end in zip(chosen, logprobs, stops, strict=bool(chosen))}
     lines = [rationale_line(work.row, i, z, work.paid, kept[i], log_q.get(i)) for i, z in enumerate(work.drawn)]
     there = len(work.texts) > len(work.drawn)
-    return Outcome(loss, lines, work.paid.log_rewards[-1].item() if there else None)
+    reference = work.paid.log_rewards[-1].item() if there else None
+    return Outcome(loss, lines, reference, log_q.get(len(work.drawn)))
 
 
 def balance_questions(
