@@ -237,6 +237,23 @@ def test_a_row_cannot_be_trained_on_and_held_out(make, monkeypatch):
         ({"eval": {"tasks": {"scenes/relation": 0}}}, ["scenes/relation", "at least 1"]),
         ({"name": "a/b"}, ["a/b", "folder"]),
         ({"data": {"n": 0}}, ["data.n", "0"]),
+        ({"arms": {"a": {"algorithm": "rgfn"}}}, ["arms.a.algorithm", "'rgfn'", "add reasoning"]),
+        ({"arms": {"a": {"algorithm": "rgnf"}}}, ["arms.a.algorithm", "rgnf", "rgfn"]),
+        ({"select": {}}, ["select.n", "[1, 5, 10]", "add reasoning"]),
+        ({"reasoning": {}, "select": {"n": [0]}}, ["select.n", "at least 1", "0"]),
+        ({"reasoning": {}, "select": {"n": [5, 5]}}, ["select.n", "none twice", "[5, 5]"]),
+        ({"reasoning": {}, "select": {"rules": []}}, ["select.rules", "at least one"]),
+        ({"reasoning": {}, "select": {"rules": ["majorty"]}}, ["select.rules.0", "majorty", "majority"]),
+        ({"reasoning": {"layout": "tern"}}, ["reasoning.layout", "tern", "turn"]),
+        ({"reasoning": {"without": 1.0}}, ["reasoning.without", "0.9", "1.0"]),
+        ({"reasoning": {}, "rgfn": {"role": "Thinker"}}, ["rgfn.role", "Thinker", "reasoning.role"]),
+        ({"reasoning": {}, "grpo": {"replay": 0.1}}, ["grpo.replay", "0.1", "set it to 0"]),
+        (
+            {"reasoning": {}, "arms": {"a": {"reward": "accuracy", "rgfn": {"lr": 1.0}}}},
+            ["arms.a.rgfn", "lr", "algorithm"],
+        ),
+        ({"reasoning": {}, "arms": {"a": {"algorithm": "rgfn", "rgfn": {"stps": 1}}}}, ["arms.a.rgfn.stps", "steps"]),
+        ({"reasoning": {}, "arms": {"a": {"algorithm": "rgfn", "rgfn": {"seed": 1}}}}, ["arms.a.rgfn.seed", "seeds"]),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, change, words):
@@ -398,6 +415,114 @@ def test_rows_are_stored_whole(make, tmp_path):
     assert list(pd.read_parquet(folder / "training.parquet")["row_id"]) == [row["id"] for row in ground.training]
     assert yaml.safe_load((folder / "study.yaml").read_text())["data"]["name"] == "scenes/relation"
     assert load_study(folder / "study.yaml") == cfg
+
+
+# --- rationales
+
+
+THINKS = {
+    "name": "thinks",
+    "arms": {"sft": {}, "grpo": {"reward": "accuracy"}, "rgfn": {"algorithm": "rgfn"}},
+    "seeds": [0],
+    "data": {"n": 8},
+    "eval": {"tasks": {"scenes/relation": 4}, "samples": 2, "max_new_tokens": 8},
+    "reasoning": {"max_tokens": 10, "answer_tokens": 3, "demonstrations": "mixture"},
+    "sft": {"steps": 3, "batch_size": 4, "lr": 1e-3, "warmup": 0},
+    "grpo": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 10, "lr": 1e-2, "warmup": 0},
+    "rgfn": {"steps": 2, "questions_per_step": 2, "rationales": 2, "max_tokens": 10, "lr": 1e-3, "warmup": 0},
+    "select": {"n": [1, 2], "rows": 3},
+    "save_checkpoints": True,
+    "workers": 1,
+}
+
+
+def policies(folder, cfg):
+    "The saved policies of a study's arms, and of its supervised stage."
+    from vlm_reward.policy.families import load_policy
+
+    paths = {p.parents[1].name.split("-seed")[0]: p for p in folder.glob("arms/*/checkpoints/final")}
+    return {"stage": next(folder.glob("stage/*/checkpoints/final"))} | paths, load_policy
+
+
+def test_a_study_with_rationales_from_lessons_to_report(tmp_path, rewards):
+    from vlm_reward.lacot.pair import read_reasoning
+    from vlm_reward.report.page import report
+
+    arms = {**THINKS["arms"], "grpo": {"reward": f"{rewards}:length"}}  # has a spread whatever is answered
+    cfg = from_dict(StudyConfig, THINKS | {"arms": arms})
+    folder = do(cfg, tmp_path)
+    runs = {p.name.split("-")[0]: Run(p) for p in (folder / "arms").iterdir()}
+    for run in runs.values():
+        chosen, thoughts = run.table("selection"), run.table("rationales")
+        assert len(chosen) == 3 * (1 + 5 * 2) and len(thoughts) == 3 and len(run.table("evaluation")) == 4 * 3
+        assert set(run.table("selection_seconds")["rule"]) == set(cfg.select.rules)
+    assert {"residual", "kept_frac", "log_reward"} <= set(runs["rgfn"].metrics())
+    assert {"rewards/length/mean", "behaviour/bypass"} <= set(runs["grpo"].metrics())
+    # all arms start from one checkpoint, and whoever was trained answers by it
+    places, load = policies(folder, cfg)
+    weights = {name: list(load(str(place))[0].parameters()) for name, place in places.items()}
+    moved = {
+        name: max((a - b).abs().max().item() for a, b in zip(own, weights["stage"], strict=True)) > 0
+        for name, own in weights.items()
+    }
+    assert moved == {"stage": False, "sft": False, "grpo": True, "rgfn": True}
+    answerers = {name: read_reasoning(place).answerer for name, place in places.items()}
+    stage = str(places["stage"].resolve())
+    assert answerers == {"stage": None, "sft": None, "grpo": stage, "rgfn": stage}
+    text = report(folder).with_suffix(".md").read_text()
+    assert all(heading in text for heading in ("## Selection", "## Rationales", "## Cost of training"))
+    # an arm done alone, elsewhere, is the same arm
+    alone = do(replace(cfg, arms={"rgfn": cfg.arms["rgfn"]}), tmp_path / "alone")
+    (again,) = (alone / "arms").iterdir()
+    assert results(again) == results(folder / "arms" / again.name)
+    assert Run(again).table("selection").equals(runs["rgfn"].table("selection"))
+
+
+def test_adapters_serve_both_ways_of_training(tmp_path):
+    "No copy is kept beside a policy with adapters, and its folder names the checkpoint under them."
+    from vlm_reward.lacot.pair import has_adapters, read_reasoning
+
+    arms = {**THINKS["arms"], "rgfn": {"algorithm": "rgfn", "reward": "accuracy"}}
+    changes = {"arms": arms, "select": None, "rgfn": {**THINKS["rgfn"], "lora_rank": 2}}
+    cfg = from_dict(StudyConfig, THINKS | changes)
+    folder = do(cfg, tmp_path)
+    places, load = policies(folder, cfg)
+    for name in ("grpo", "rgfn"):
+        assert has_adapters(load(str(places[name]))[0]) and read_reasoning(places[name]).answerer is None
+        table = Run(next(folder.glob(f"arms/{name}-*"))).table("evaluation")
+        assert len(table) == 4 * 3 and "selection" not in Run(next(folder.glob(f"arms/{name}-*"))).tables()
+    assert "reward" in Run(next(folder.glob("arms/rgfn-*"))).metrics()
+
+
+def test_what_a_study_with_rationales_depends_on():
+    base = from_dict(StudyConfig, THINKS | {"policy": "pocket"})
+    ground = load_ground(base)
+
+    def digests(**changes):
+        cfg = from_dict(StudyConfig, THINKS | changes)
+        return {job.arm: job.digest for job in plan(cfg, ground)}, study_folder(cfg, Path("r"))
+
+    first, place = digests()
+    for changes, arms in [
+        ({"rgfn": {**THINKS["rgfn"], "gamma": 0.9}}, {"rgfn"}),
+        ({"grpo": {**THINKS["grpo"], "lr": 0.1}}, {"grpo"}),
+        ({"rgfn": {**THINKS["rgfn"], "lora_rank": 2}}, {"grpo", "rgfn"}),
+        ({"select": {"n": [1, 3], "rows": 3}}, {"sft", "grpo", "rgfn"}),
+        ({"reasoning": {**THINKS["reasoning"], "max_tokens": 11}}, {"sft", "grpo", "rgfn"}),
+        ({"reasoning": {**THINKS["reasoning"], "without": 0.2}}, {"sft", "grpo", "rgfn"}),
+    ]:
+        other, elsewhere = digests(**changes)
+        assert {arm for arm in first if first[arm] != other[arm]} == arms and elsewhere != place
+    gold = {key: value for key, value in THINKS.items() if key not in ("reasoning", "rgfn", "select")}
+    gold["arms"] = {"sft": {}}
+    plain = study_folder(from_dict(StudyConfig, gold), Path("r"))
+    assert study_folder(from_dict(StudyConfig, gold | {"rgfn": {"lr": 1.0}}), Path("r")) == plain
+
+
+def test_digests_from_before_there_were_rationales(ground):
+    "A finished study is not done again because the config has grown."
+    job = job_of(ground)
+    assert not {"reasoning", "select", "rgfn", "adapters"} & set(job.config)
 
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "algopuzzle"

@@ -171,7 +171,7 @@ def start_of(
     "The policy from which an arm starts."
     common = {"dtype": cfg.dtype, "device": cfg.device}
     if stage is not None and cfg.arms[arm].base == "sft":
-        return {"name": str(stage.checkpoints / "final"), **common}
+        return {"name": str((stage.checkpoints / "final").resolve()), **common}
     return {"name": cfg.policy, "revision": cfg.revision, **common}
 
 
