@@ -227,9 +227,10 @@ def choose(
     for start, part in in_parts(rows, max(1, batch_size // most)):
         how = {"seed": seed + 1009 * start, "batch_size": batch_size}
         found += drawn_candidates(model, processor, part, speak, most, how, clock)
-        lines += greedy_lines(model, processor, part, speak, how, clock) if "greedy" in settings.rules else []
         if progress:
             progress(most * len(found))
+    if "greedy" in settings.rules:
+        lines += greedy_lines(model, processor, rows, speak, {"seed": seed, "batch_size": batch_size}, clock)
     for row, own in zip(rows, found, strict=True):
         lines += [key_of(row) | line for line in choice_lines(row, own, settings)]
     table, everything = pd.DataFrame(lines), sum(tokens_scored(own, "bin-paper") for own in found)
