@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'MINUTES', 'GAIN', 'chosen', 'gap', 'selection_table', 'Measure', 'rationale_table', 'cost_table',
            'selection_tables', 'side_by_side', 'cost_cell', 'measure_cell', 'selection_texts', 'minutes_cell',
-           'points_of', 'title_of', 'selection_findings', 'draw_selection', 'selection_figure', 'selection_picture']
+           'points_of', 'title_of', 'selection_findings', 'arm_words', 'draw_selection', 'selection_figure',
+           'selection_picture']
 
 # %% ../../nbs/report/10_selection.ipynb #886f91a0
 # the types of pandas are unions too wide to be checked
@@ -20,7 +21,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core.stats import Interval
-from .findings import Finding, Tables, direction, interval_of, percent_interval, points_interval
+from vlm_reward.report.findings import (
+    Finding,
+    Tables,
+    direction,
+    interval_of,
+    percent,
+    percent_interval,
+    points_interval,
+)
 from .paper import ARM_COLOURS, ARM_LINES, FAINT, canvas
 from .pictures import Picture, picture
 from .records import Study
@@ -223,13 +232,26 @@ def selection_findings(
     table = tables.get("selection", pd.DataFrame())
     if "against greedy" not in table:
         return []
-    most, said = int(table["n"].max()), []
-    for arm in study.arms:
-        lines = table[(table["arm"] == arm) & (table["n"] == most) & table["against greedy"].notna()]
-        clear = [x for x in lines.to_dict("records") if direction(Interval(*(x[n] for n in GAIN)))]
-        told = ", ".join(f"{x['rule']} {points_of(x, 'against greedy')} points" for x in clear)
-        said.append(f"{arm}: {told or 'no rule clearly differs from the greedy answer'}")
+    most = int(table["n"].max())
+    said = [arm_words(table[table["arm"] == arm], most) for arm in study.arms]
     return [Finding(f"choosing among {most} answers", f"{'; '.join(said)}.")]
+
+
+def arm_words(
+    table: pd.DataFrame,  # lines of `selection_table`, of one arm
+    most: int,  # answers to choose among
+) -> str:  # a clause
+    "What the rules of an arm come to: one draw, the worst and the best choice, and what clearly differs from greedy."
+    rules = table[(table["rule"] != "greedy") & (table["n"] == most)].sort_values("accuracy", kind="stable")
+    if rules.empty:
+        return f"{table['arm'].iloc[0]}: nothing to choose"
+    one = table[(table["rule"] != "greedy") & (table["n"] == 1)]["accuracy"]
+    ends = [f"{percent(x['accuracy'])} ({x['rule']})" for x in (rules.iloc[0], rules.iloc[-1])]
+    clear = [x for x in rules.to_dict("records") if direction(Interval(*(x[name] for name in GAIN)))]
+    told = ", ".join(f"{x['rule']} {points_of(x, 'against greedy')}" for x in clear)
+    draw = "" if one.empty else f"one draw is right in {percent(one.iloc[0])}, "
+    greedy = f"against the greedy answer {told} points" if told else "no rule clearly differs from the greedy answer"
+    return f"{table['arm'].iloc[0]}: {draw}choices in {' to '.join(dict.fromkeys(ends))}, {greedy}"
 
 
 GAIN = ("against greedy", "against greedy low", "against greedy high")
