@@ -32,7 +32,7 @@ class RGFNSettings:
     steps: int = setting(60, "optimizer steps", low=1)
     questions_per_step: int = setting(4, "questions in a step", low=1)
     rationales: int = setting(6, "rationales that are drawn for a question", low=1)
-    lr: float = setting(1e-4, "highest learning rate", low=0)
+    lr: float = setting(3e-5, "highest learning rate", low=0)
     warmup: int = setting(5, "steps over which the learning rate rises from 0", low=0)
     decay: Literal["constant", "linear", "cosine"] = setting("constant", "how it falls after the warm-up")
     explore: float = setting(
@@ -65,7 +65,7 @@ class RGFNSettings:
     max_grad_norm: float = setting(1.0, "clip the gradient's norm here", low=0)
     weight_decay: float = setting(0.0, "of AdamW", low=0)
     accumulate: int = setting(1, "micro-batches that a step is split into, to save memory", low=1)
-    chunk: int = setting(64, "answers that are scored at a time", low=1)
+    chunk: int = setting(32, "answers that are scored at a time", low=1)
     rollouts_every: int = setting(1, "store the rationales of every n-th step; 0 stores none", low=0)
     save_every: int = setting(0, "write a checkpoint every n steps, to resume from; 0 writes none", low=0)
     threads: int | None = setting(None, "CPU threads; null leaves them as they are")
