@@ -1,12 +1,11 @@
 "GRPO on rationales through TRL: prompts by ids, one answer per rationale, rewards by hand, and nothing left behind."
 
 import copy
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_reward.core.rows import make_row
@@ -18,13 +17,12 @@ from vlm_reward.lacot.answered import (
     ending_at,
     only_stop,
     rationale_processor,
-    scored_text,
     train_answered,
 )
 from vlm_reward.lacot.drawing import write_answers
 from vlm_reward.lacot.pair import add_lora, frozen_copy
-from vlm_reward.lacot.token_reward import token_rewards
-from vlm_reward.lacot.turns import answer_ids, encode_questions, follow, split_text, turns_of, whole_text
+from vlm_reward.lacot.token_reward import reward_parts, token_rewards
+from vlm_reward.lacot.turns import answer_ids, encode_questions, follow, scored_text, split_text, turns_of
 from vlm_reward.policy.families import load_policy
 from vlm_reward.policy.sampling import encode_prompts
 from vlm_reward.policy.specimens import SPECIMENS, specimen
@@ -79,23 +77,6 @@ def test_templates_that_cannot_be_opened_are_refused(pocket):
     processor.chat_template = processor.chat_template + "{% set asked = false %}"
     with pytest.raises(ValueError, match="opens a rationale as"):
         rationale_processor(processor, turns_of(pocket[1]))
-
-
-soup = st.lists(
-    st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<visual>", "<image description>", "a", " ", "<"])
-).map("".join)
-
-
-@settings(deadline=None, max_examples=300)
-@given(soup, soup)
-def test_the_answer_of_a_text_is_the_answerers_or_none(rationale, answer):
-    assert split_text(scored_text(rationale, answer))[1] in (answer.strip(), None)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.text(alphabet="ab c<>.,", max_size=20), st.text(alphabet="ab c.,", max_size=9))
-def test_plain_texts_are_whole_texts(rationale, answer):
-    assert scored_text(rationale, answer) == whole_text(rationale, answer)
 
 
 class Told(AnsweredRubric):
@@ -240,6 +221,33 @@ def test_likelihoods_are_those_of_the_answerer_row_by_row(pocket, layout):
         assert states == pytest.approx(want.tolist(), abs=1e-3) and size == len(gold)
         assert points[0][i] == pytest.approx(want[-1].item(), abs=1e-3)
         assert want[-1].item() < answer < 0
+
+
+@pytest.mark.parametrize("asked", [("answer_logprob",), ("answer_tokens", "answer_logprob"), ("token_log_reward",)])
+def test_states_are_scored_if_they_are_asked_for(pocket, asked, monkeypatch):
+    "A rubric that asks for the answer alone has the last state of each rationale scored, and gets the same values."
+    model, processor = pocket
+    turns, rows = turns_of(processor, "section"), scene_rows("relation", 2, seed=5)
+    both = SimpleNamespace(columns=module.LIKELIHOODS, reward_funcs=[], reward_weights=[])
+    some = SimpleNamespace(columns=asked, reward_funcs=[], reward_weights=[])
+    zs, rows = [[9, 10, 11], [], [12]], [rows[0], rows[0], rows[1]]
+    frozen, states, chunks = frozen_copy(model), [], set()
+    whole = AnsweredRubric(both, frozen, processor, turns).likelihoods(rows, zs)
+
+    def watched(*args, chunk, **options):
+        chunks.add(chunk)
+        parts = reward_parts(*args, chunk=chunk, **options)
+        states.extend(len(part.at) for part in parts)
+        return parts
+
+    monkeypatch.setattr(module, "reward_parts", watched)
+    found = AnsweredRubric(some, frozen, processor, turns, chunk=5).likelihoods(rows, zs)
+    assert found.keys() == set(asked) and chunks == {5}
+    for name in asked:
+        for value, expected in zip(found[name], whole[name], strict=True):
+            assert value == pytest.approx(expected, abs=1e-4)
+    every = "token_log_reward" in asked  # state 0 belongs to the anchors of any interval
+    assert states == [len(z) + 1 if every else min(2, len(z) + 1) for z in zs]
 
 
 def test_a_step_on_the_log_reward(pocket):
