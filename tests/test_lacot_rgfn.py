@@ -229,7 +229,8 @@ def test_nothing_kept_moves_nothing():
     rows = toy_rows(rationale="a")
     train_rgfn(model, processor, rows, toy_settings(**nothing), progress=lambda _, m: log.append(m))
     assert not moved(before, model)
-    assert [(m["kept_frac"], m["loss"], m["grad_norm"], m["residual"]) for m in log] == [(0.0, 0.0, 0.0, 0.0)] * 2
+    assert [(m["kept_frac"], m["loss"], m["grad_norm"], m["trained_frac"]) for m in log] == [(0.0, 0.0, 0.0, 0.0)] * 2
+    assert not [m for m in log if "residual" in m]
     train_rgfn(model, processor, rows, toy_settings(**nothing, weight_decay=0.1))
     assert moved(before, model)
 
