@@ -244,15 +244,91 @@ def test_pictures_are_read_once_for_all_rationales_of_a_question():
     assert sum(seen) == 3  # pictures in three rows
 
 
+@contextmanager
+def watched(model):
+    "What passes a model inside: shapes of the ids of each forward, and pictures."
+    shapes, pictures = [], []
+
+    def count(tower, args, options):
+        pictures.append(len(options.get("pixel_values", args[0] if args else None)))
+
+    hooks = [
+        vision_tower(model).register_forward_pre_hook(count, with_kwargs=True),
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape))),
+    ]
+    try:
+        yield shapes, pictures
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+THOUGHTS = [[40, 50, 60], [], None, [70] * 9, None, [80, 90]]
+ASKED = [ROWS[1], ROWS[0], ROWS[1], ROWS[2], ROWS[1], ROWS[0]]
+
+
 @EACH
-def test_a_row_that_repeats_is_prepared_once(family, monkeypatch):
+@LAYOUTS
+def test_released_fault_decoding_without_a_kv_cache(family, layout):
+    "Questions are read once, then all rationales, and then every forward reads one token per row."
     model, processor = small(family)
-    rows = [ROWS[1], ROWS[0], ROWS[1], ROWS[2], ROWS[1], ROWS[0]]
-    plain = encode_questions(processor, rows)
-    seen = []
-    monkeypatch.setattr(module, "encode_questions", lambda p, some: seen.append(len(some)) or encode_questions(p, some))
-    ours = module.encode_each(model, processor, rows)
-    assert seen == [3] and ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
+    turns = turns_of(processor, layout)
+    with pushed(model, {turns.closing[0]: -100.0}), watched(model) as (shapes, pictures):
+        write_answers(model, processor, turns, ASKED, THOUGHTS, max_tokens=5, seed=0)
+    longest = max(len(before_answer(turns, ids)) for ids in THOUGHTS)
+    assert [rows for rows, _ in shapes] == [3] + [6] * 6
+    assert [tokens for _, tokens in shapes[1:]] == [longest] + [1] * 5
+    if family == "llava":  # other towers are given patches, or tiles
+        assert sum(pictures) == sum(len(row["images"]) for row in ROWS)
+    with pushed(model, {turns.stop: -100.0}), watched(model) as (shapes, _):
+        draw_rationales(model, processor, turns, ROWS, n=2, max_tokens=5, seed=0)
+    assert [rows for rows, _ in shapes] == [3] + [6] * 5
+    assert [tokens for _, tokens in shapes[1:]] == [1] * 5
+
+
+@EACH
+@LAYOUTS
+def test_a_model_that_cannot_be_packed_writes_the_same(family, layout, monkeypatch):
+    model, processor = small(family)
+    turns = turns_of(processor, layout)
+    options = {"temperature": 0, "max_tokens": 5, "batch_size": 4}
+    packed = write_answers(model, processor, turns, ASKED, THOUGHTS, **options)
+    prepared = []
+    encode = lambda p, some: prepared.append(len(some)) or encode_questions(p, some)  # noqa: E731
+    monkeypatch.setattr(module, "encode_questions", encode)
+    monkeypatch.setattr(module, "packing_problem", lambda _: "it has a state")
+    with watched(model) as (shapes, _):
+        assert write_answers(model, processor, turns, ASKED, THOUGHTS, **options) == packed
+    assert prepared == [3, 2] and shapes[0][0] == 4  # a row of its own for each
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_answers_follow_the_model(temperature):
+    "How often each token comes first behind a rationale, beside one that is longer, is its probability."
+    model, processor = small("qwen2_5_vl")
+    turns = turns_of(processor)
+    behind = [before_answer(turns, ids) for ids in ([40, 50], [60] * 7)]
+    inputs = follow(model, encode_questions(processor, [ROWS[1], ROWS[0]]), behind)
+    points = {token: 8.0 for token in (70, 80, 90, turns.closing[0])}
+    with pushed(model, points), torch.no_grad():
+        logits = model(**inputs).logits[:, -1].double()
+        logits[:, image_token_ids(model)] = -math.inf
+        chances = (logits / temperature).softmax(-1)
+        rows, thoughts = [ROWS[1], ROWS[0]] * 1500, [[40, 50], [60] * 7] * 1500
+        options = {"max_tokens": 1, "temperature": temperature, "seed": 0, "batch_size": 3000}
+        written = write_answers(model, processor, turns, rows, thoughts, **options)
+    for which, expected in enumerate(chances):
+        first = [answer.token_ids[0] for answer in written[which::2]]
+        counts = torch.bincount(torch.tensor(first), minlength=len(expected))
+        error = (expected * (1 - expected) / len(first)).sqrt()
+        assert ((counts / len(first) - expected).abs() < 5 * error + 2 / len(first)).all()
+    assert chances.amax() < 0.9  # there is something to draw
+
+
+def test_scores_that_are_nan_are_refused():
+    model, processor = small("llava")
+    with pushed(model, {40: math.nan}):
+        refusal("look for NaN", write_answers, model, processor, turns_of(processor), ROWS, [None] * 3)
 
 
 def test_a_model_that_cannot_share_its_reading(monkeypatch):

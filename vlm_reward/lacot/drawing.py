@@ -4,29 +4,32 @@
 
 # %% auto #0
 __all__ = ['end_ids', 'drawing_config', 'Rationale', 'drawing', 'draw_rationales', 'thought', 'Answer', 'answer_of',
-           'encode_each', 'write_answers']
+           'next_tokens', 'go_on', 'distinct_rows', 'draw_behind', 'write_answers']
 
 # %% ../../nbs/lacot/02_drawing.ipynb #4e8fbb5f
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..core.rows import Row
-from .turns import Turns, before_answer, encode_questions, follow
-from ..policy.families import bare_model, image_token_ids, take_prompts
+from .turns import Turns, before_answer, check_texts, encode_questions, follow
+from ..policy.families import bare_model, image_token_ids, packing_problem, take_prompts
 from ..policy.prefill import prefill_problem, replaced
 from vlm_reward.policy.sampling import (
     Sample,
     check_room,
+    cut,
     encoded_batches,
     evaluation_mode,
     sample_batch,
     sampling_config,
     seeded,
 )
+from ..policy.tree import read_trunk
 
 # %% ../../nbs/lacot/02_drawing.ipynb #c7e64a45
 def end_ids(
@@ -141,20 +144,86 @@ def answer_of(processor: Any, turns: Turns, drawn: Sample) -> Answer:
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(turns.lead)
     return Answer(text, [*ids, *(turns.closing if drawn.finished else ())], drawn.finished)
 
+# %% ../../nbs/lacot/02_drawing.ipynb #2549ce30
+def next_tokens(
+    scores: torch.Tensor,  # (rows, vocabulary) logits
+    config: GenerationConfig,  # from `drawing_config`, without a minimum
+) -> torch.Tensor:  # (rows,) ids
+    """Draw a token for each row, or take the likeliest.
 
-def encode_each(
+    - Raises: `ValueError` if a score is NaN.
+    """
+    if scores.isnan().any():
+        raise ValueError("the scores of a token are NaN: look for NaN in the weights or in the pictures")
+    scores = scores.float().index_fill(1, torch.tensor(config.suppress_tokens or [], device=scores.device), -torch.inf)
+    if not config.do_sample:
+        return scores.argmax(-1)
+    return torch.multinomial((scores / config.temperature).softmax(-1), 1)[:, 0]
+
+
+def go_on(
+    model: PreTrainedModel,  # without wrappers, in evaluation mode; one that can be packed
+    inputs: Mapping[str, torch.Tensor],  # model inputs of questions, each once, padded on the left
+    member: Sequence[int],  # the question of each text
+    texts: Sequence[Sequence[int]],  # ids behind the question, at least one
+    config: GenerationConfig,  # from `drawing_config`, without a minimum
+) -> list[list[int]]:  # what follows each text, and whatever comes behind its end
+    """Draw what follows texts: questions are read once, then texts, then one token of each row per forward.
+
+    - Raises: `ValueError` for a text with a placeholder, and if the model's scores are NaN.
+    """
+    tails = [torch.tensor(text) for text in texts]
+    check_texts(model, tails)
+    trunk, where = read_trunk(model, inputs), model.device
+    which = torch.tensor(member, device=where)
+    trunk.cache.batch_select_indices(which)
+    ids = pad_sequence(tails, batch_first=True, padding_side="left").to(where)
+    sizes, columns = torch.tensor([len(text) for text in texts], device=where), torch.arange(ids.shape[1]).to(where)
+    prompts = torch.tensor([[len(reach), reach[-1]] for reach in trunk.reaches], device=where)[which]
+    real = columns >= ids.shape[1] - sizes[:, None]
+    seen = torch.cat([torch.arange(trunk.states.shape[1]).to(where) < prompts[:, :1], real], 1)
+    at, drawn, open_rows = prompts[:, 1:] + real.cumsum(1), [], torch.ones_like(which, dtype=torch.bool)
+    while open_rows.any() and len(drawn) < config.max_new_tokens:
+        places = at if trunk.axes == 1 else at.expand(trunk.axes, -1, -1)
+        state = {"past_key_values": trunk.cache, "attention_mask": seen.long(), "position_ids": places}
+        out = model(input_ids=ids, **state, use_cache=True, logits_to_keep=1)
+        drawn.append(next_tokens(out.logits[:, -1], config))
+        open_rows &= drawn[-1] != config.eos_token_id
+        ids, at, seen = drawn[-1][:, None], at[:, -1:] + 1, torch.nn.functional.pad(seen, (0, 1), value=True)
+    return torch.stack(drawn, 1).tolist()
+
+# %% ../../nbs/lacot/02_drawing.ipynb #1df20ca0
+def distinct_rows(
+    rows: Sequence[Row],  # of which some may be the same object
+) -> tuple[list[Row], list[int]]:  # each once; the number of each row's
+    "Rows without repeats."
+    once = {id(row): row for row in rows}
+    number = {key: i for i, key in enumerate(once)}
+    return list(once.values()), [number[id(row)] for row in rows]
+
+
+def draw_behind(
     model: PreTrainedModel,
     processor: Any,
-    rows: Sequence[Row],  # of which some may be the same object
-) -> dict[str, Any]:  # model inputs of all of them, padded on the left
-    "X of each row; the pictures of a row that repeats are prepared once."
-    once = {id(row): row for row in rows}
-    if len(once) == len(rows):
-        return encode_questions(processor, rows)
-    number = {key: i for i, key in enumerate(once)}
-    which = torch.tensor([number[id(row)] for row in rows])
-    counts = [len(row["images"]) for row in once.values()]
-    return take_prompts(model, encode_questions(processor, list(once.values())), which, images_per_prompt=counts)
+    rows: Sequence[Row],  # X of each text; a row may repeat
+    texts: Sequence[Sequence[int]],  # ids behind the question, at least one
+    config: GenerationConfig,  # from `drawing_config`, without a minimum
+) -> list[Sample]:
+    """Draw what follows texts, in one batch; pictures of a row that repeats are prepared once.
+
+    - Raises: `ValueError` for a row that is too long, and for a text with a placeholder.
+    """
+    once, member = distinct_rows(rows)
+    bare, inputs = bare_model(model), encode_questions(processor, once)
+    for row, number, text in zip(rows, member, texts, strict=True):
+        own = {"attention_mask": inputs["attention_mask"][number : number + 1]}
+        check_room(bare, [row], own, len(text) + config.max_new_tokens)
+    if packing_problem(model):
+        counts = [len(row["images"]) for row in once]
+        each = take_prompts(model, inputs, torch.tensor(member), images_per_prompt=counts)
+        return sample_batch(bare, processor, follow(model, each, texts), range(len(rows)), config)
+    inputs = {name: value.to(bare.device) for name, value in inputs.items()}
+    return [cut(ids, processor, config) for ids in go_on(bare, inputs, member, texts, config)]
 
 
 def write_answers(
@@ -169,7 +238,7 @@ def write_answers(
     seed: int | None = None,  # of the noise; None: go on in torch's random state as it is
     batch_size: int = 64,  # answers at a time
 ) -> list[Answer]:
-    """Write an answer after each rationale.
+    """Write an answer after each rationale; a question and its pictures are read once for all its answers in a batch.
 
     - Raises: `ValueError` if there is not one rationale, or None, per row, for bounds or a temperature that cannot be,
       and for a row that is too long.
@@ -178,12 +247,10 @@ def write_answers(
         given = f"{len(rows)} rows, {len(rationales)} rationales and batch_size {batch_size}"
         raise ValueError(f"got {given}: want one rationale or None per row, and batch_size of at least 1")
     bounds = {"temperature": temperature, "min_tokens": 0, "max_tokens": max_tokens}
-    config, bare, written = drawing_config(model, processor, turns.closing[0], **bounds), bare_model(model), []
+    config = drawing_config(model, processor, turns.closing[0], **bounds)
+    before, written = [before_answer(turns, ids) for ids in rationales], []
     with drawing(model, config, seed):
         for start in range(0, len(rows), batch_size):
-            some, thoughts = rows[start : start + batch_size], rationales[start : start + batch_size]
-            before = [before_answer(turns, ids) for ids in thoughts]
-            inputs = follow(model, encode_each(model, processor, some), before)
-            check_room(bare, some, inputs, max_tokens + 1)
-            written += sample_batch(bare, processor, inputs, range(len(some)), config)
+            now = slice(start, start + batch_size)
+            written += draw_behind(model, processor, rows[now], before[now], config)
     return [answer_of(processor, turns, answer) for answer in written]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Layout', 'PROBE', 'SECTIONS', 'Turns', 'text_ids', 'template_parts', 'header_of', 'end_of_turn', 'tag_id',
-           'check_apart', 'turns_of', 'encode_questions', 'rationale_ids', 'answer_ids', 'before_answer', 'follow',
-           'whole_text', 'split_text', 'scored_text']
+           'check_apart', 'turns_of', 'encode_questions', 'rationale_ids', 'answer_ids', 'before_answer', 'check_texts',
+           'follow', 'whole_text', 'split_text', 'scored_text']
 
 # %% ../../nbs/lacot/00_turns.ipynb #3fe8b012
 from collections.abc import Mapping, Sequence
@@ -223,6 +223,15 @@ def before_answer(
     return list(turns.skip) if rationale is None else [*turns.opening, *rationale, turns.stop, *turns.bridge]
 
 # %% ../../nbs/lacot/00_turns.ipynb #dbd6f6bf
+def check_texts(
+    model: torch.nn.Module,  # a policy, wrapped or not
+    texts: Sequence[torch.Tensor],  # each (n,) ids
+) -> None:
+    "Raise `ValueError`, in one line, for a placeholder where no picture is."
+    if found := first_placeholder(model, texts):
+        raise ValueError(f"text {found[0]} holds the placeholder {found[2]} at token {found[1]}: it has no picture")
+
+
 def follow(
     model: torch.nn.Module,  # a policy, wrapped or not
     inputs: Mapping[str, Any],  # model inputs, padded on the left
@@ -236,8 +245,7 @@ def follow(
     tails = [torch.as_tensor(text, dtype=torch.long).to(ids.device) for text in texts]
     if len(tails) != len(ids):
         raise ValueError(f"got {len(ids)} rows and {len(tails)} texts that shall follow them: want one per row")
-    if found := first_placeholder(model, tails):
-        raise ValueError(f"text {found[0]} holds the placeholder {found[2]} at token {found[1]}: it has no picture")
+    check_texts(model, tails)
     grown = dict(inputs) | {"attention_mask": real.long()}
     for name in [name for name, cut in family_of(model).layout.items() if cut == "token" and name in grown]:
         fill = {"input_ids": tails, "attention_mask": [torch.ones_like(tail) for tail in tails]}
