@@ -227,23 +227,29 @@ def test_rank_and_alpha():
 
 
 @settings(max_examples=50, deadline=None)
-@given(layout=st.sampled_from(["turn", "section"]), role=st.text(min_size=1), answerer=st.none() | st.text())
-def test_the_file_beside_a_policy(tmp_path_factory, layout, role, answerer):
+@given(
+    layout=st.sampled_from(["turn", "section"]),
+    role=st.text(min_size=1),
+    answerer=st.none() | st.text(),
+    least=st.integers(0, 9999),
+)
+def test_the_file_beside_a_policy(tmp_path_factory, layout, role, answerer, least):
     folder = tmp_path_factory.mktemp("policy")
-    reasoning = Reasoning(layout, role, answerer)
+    reasoning = Reasoning(layout, role, answerer, least)
     write_reasoning(folder, reasoning)
     assert read_reasoning(folder) == read_reasoning(str(folder)) == reasoning
     shutil.rmtree(folder)
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert read_reasoning(tmp_path) == read_reasoning("owner/name") == Reasoning("section", "Analyzer", None)
+    assert read_reasoning(tmp_path) == read_reasoning("owner/name") == Reasoning("section", "Analyzer", None, 0)
     path = tmp_path / "reasoning.json"
     for text, words in (
         ("{", "reasoning.json: Expecting"),
         ('{"layout": "turns"}', "reasoning.json: layout: .*turns"),
         ('{"lay": "turn"}', "did you mean layout"),
         ('{"role": 3}', "role: want text, got 3"),
+        ('{"min_tokens": -1}', "min_tokens: want at least 0"),
         ("[]", "want fields of Reasoning"),
     ):
         path.write_text(text)

@@ -99,6 +99,19 @@ def test_adapters_think_and_what_is_under_them_answers(asked_of, tmp_path):
     assert plain.draws["rationale"].tolist() != noisy.draws["rationale"].tolist()
 
 
+def test_the_least_length_is_that_of_the_folder_or_what_is_asked_for(asked_of, tmp_path):
+    model, processor = load_policy("pocket")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_reasoning(tmp_path, Reasoning(min_tokens=20))
+    taught = replace(asked_of, policy=str(tmp_path), n=3)
+    for select in ("bin", "greedy"):
+        assert ask(replace(taught, select=select)).draws["tokens"].min() > 20  # T counts
+        assert ask(replace(taught, select=select, min_tokens=0)).draws["tokens"].min() <= 20
+    with pytest.raises(ValueError, match="min_tokens <= max_tokens"):
+        ask(replace(taught, max_tokens=10))
+
+
 def test_a_pocket_alone_thinks_and_answers(asked_of):
     sampler, frozen, _, turns = load_pair(asked_of)
     assert frozen is sampler and turns.layout == "section"

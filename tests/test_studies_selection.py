@@ -18,10 +18,14 @@ from vlm_reward.core.response import parse_response
 from vlm_reward.data.behaviours import classify
 from vlm_reward.lacot.bin import RULES, candidates_of, pair_scores
 from vlm_reward.lacot.pair import add_lora
+from vlm_reward.lacot.settings import RGFNSettings
 from vlm_reward.lacot.turns import answer_ids, encode_questions
 from vlm_reward.policy.families import load_policy
+from vlm_reward.policy.sampling import sample
+from vlm_reward.rewards.presets import get_rubric
 from vlm_reward.studies.design import grpo_settings, load_study, rgfn_settings
 from vlm_reward.studies.evaluate import evaluate
+from vlm_reward.studies.pairs import train_pair
 from vlm_reward.studies.reasoning import (
     RATIONALES,
     ReasoningConfig,
@@ -33,6 +37,7 @@ from vlm_reward.studies.reasoning import (
 )
 from vlm_reward.studies.rehearsal import rehearsal
 from vlm_reward.studies.selection import choose, equal_answers, seconds_table, tokens_scored
+from vlm_reward.train.grpo import GRPOSettings
 from vlm_reward.worlds.scenes import scene_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "lacot"
@@ -240,6 +245,39 @@ def test_rows_keep_their_order_whatever_they_ask_for(pocket, speak):
     assert np.mean(right) > 0.7
 
 
+@pytest.mark.parametrize("least", [0, 25])
+def test_no_rationale_is_shorter_than_the_least_length(pocket, least):
+    "Sampled, greedy and drawn to choose from; the pocket's own are about 12 tokens long."
+    model, processor = pocket
+    reasoning = ReasoningConfig("section", min_tokens=least, max_tokens=30, answer_tokens=8)
+    speak = speaker(reasoning, processor, frozen=model)
+    lengths = []
+    for temperature in (0.0, 1.0):
+        draws = speak.think(*pocket, ROWS, n=2, temperature=temperature, seed=1, batch_size=64)
+        lengths += [len(z.token_ids) for own in draws for z, _ in own]
+    assert len(lengths) == 24 and (min(lengths) >= least) and (min(lengths) < 25 or least == 25)
+    drawn = choose(*pocket, ROWS[:2], speak, SelectConfig(n=(2,), rules=("greedy", "majority")), seed=4)
+    assert drawn["rationales"]["tokens"].min() >= least
+
+
+@pytest.mark.parametrize("layout", ["section", "turn"])
+def test_grpo_leaves_the_ends_of_a_policy_as_they_were(pocket, layout):
+    "A saved policy that ends its turns at </think> could not write an answer."
+    model, processor = load_policy("pocket")
+    before = model.generation_config.to_dict(), model.config.get_text_config().to_dict()
+    reasoning = ReasoningConfig(layout, min_tokens=2, max_tokens=8, answer_tokens=4)
+    settings = GRPOSettings(steps=1, prompts_per_step=2, group_size=2, max_new_tokens=9, warmup=0)
+    how = (reasoning, model, processor, ROWS, get_rubric("accuracy"), settings, RGFNSettings(), {})
+    pair = train_pair(*how)
+    for one in pair:
+        told = one.generation_config.to_dict(), one.config.get_text_config().to_dict()
+        differing = {k for a, b in zip(told, before, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+        assert differing <= {"use_cache"}
+    rows = scene_rows("where", 4, seed=31)
+    wanted, found = (sample(one, processor, rows, temperature=0.0) for one in (pocket[0], pair.frozen))
+    assert wanted == found
+
+
 def test_the_answerer_reads_the_question_without_adapters():
     "The sampler is spoiled by its adapters; answers after a rationale, and plain ones, are as good as before."
     model, processor = load_policy("pocket")
@@ -355,6 +393,8 @@ def test_the_studies_at_full_size_are_planned_without_weights(name, rationale_se
     assert (settings.tolerance, settings.tolerance_end, settings.reward_temperature_end) == (1.5, 1.0, 0.7)
     assert (settings.explore, settings.explore_low, settings.anneal_steps) == (0.25, 0.5, 50)
     assert settings.steps * settings.questions_per_step == 3000 and settings.trainer == {"bf16": True}
+    assert settings.empty == "off" and (cfg.reasoning.min_tokens, cfg.reasoning.max_tokens) == (64, 700)
+    assert grpo_settings(cfg, "grpo", 0).max_new_tokens == 701  # and the token that ends
     assert grpo_settings(cfg, "grpo", 0).group_size == 6 and cfg.dtype == "bfloat16"
     assert load_study(CONFIGS / f"{name}.yaml").data.n == 3000
 

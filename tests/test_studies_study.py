@@ -247,6 +247,14 @@ def test_a_row_cannot_be_trained_on_and_held_out(make, monkeypatch):
         ({"reasoning": {"layout": "tern"}}, ["reasoning.layout", "tern", "turn"]),
         ({"reasoning": {"without": 1.0}}, ["reasoning.without", "0.9", "1.0"]),
         ({"reasoning": {}, "rgfn": {"role": "Thinker"}}, ["rgfn.role", "Thinker", "reasoning.role"]),
+        ({"reasoning": {}, "rgfn": {"min_tokens": 4}}, ["rgfn.min_tokens", "4", "reasoning.min_tokens"]),
+        ({"reasoning": {}, "rgfn": {"max_tokens": 4}}, ["rgfn.max_tokens", "4", "reasoning.max_tokens"]),
+        ({"reasoning": {}, "grpo": {"max_new_tokens": 4}}, ["grpo.max_new_tokens", "4", "reasoning.max_tokens"]),
+        (
+            {"reasoning": {}, "arms": {"a": {"reward": "accuracy", "grpo": {"max_new_tokens": 4}}}},
+            ["arms.a.grpo.max_new_tokens", "4", "reasoning.max_tokens"],
+        ),
+        ({"reasoning": {"min_tokens": 9, "max_tokens": 8}}, ["reasoning.min_tokens", "9", "8", "no rationale can end"]),
         ({"reasoning": {}, "grpo": {"replay": 0.1}}, ["grpo.replay", "0.1", "set it to 0"]),
         (
             {"reasoning": {}, "arms": {"a": {"reward": "accuracy", "rgfn": {"lr": 1.0}}}},
@@ -426,10 +434,10 @@ THINKS = {
     "seeds": [0],
     "data": {"n": 8},
     "eval": {"tasks": {"scenes/relation": 4}, "samples": 2, "max_new_tokens": 8},
-    "reasoning": {"max_tokens": 10, "answer_tokens": 3, "demonstrations": "mixture"},
+    "reasoning": {"min_tokens": 3, "max_tokens": 10, "answer_tokens": 3, "demonstrations": "mixture"},
     "sft": {"steps": 3, "batch_size": 4, "lr": 1e-3, "warmup": 0},
-    "grpo": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 10, "lr": 1e-2, "warmup": 0},
-    "rgfn": {"steps": 2, "questions_per_step": 2, "rationales": 2, "max_tokens": 10, "lr": 1e-3, "warmup": 0},
+    "grpo": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "lr": 1e-2, "warmup": 0},
+    "rgfn": {"steps": 2, "questions_per_step": 2, "rationales": 2, "lr": 1e-3, "warmup": 0},
     "select": {"n": [1, 2], "rows": 3},
     "save_checkpoints": True,
     "workers": 1,
@@ -456,6 +464,8 @@ def test_a_study_with_rationales_from_lessons_to_report(tmp_path, rewards):
         chosen, thoughts = run.table("selection"), run.table("rationales")
         assert len(chosen) == 3 * (1 + 5 * 2) and len(thoughts) == 3 and len(run.table("evaluation")) == 4 * 3
         assert set(run.table("selection_seconds")["rule"]) == set(cfg.select.rules)
+    for run in (runs["grpo"], runs["rgfn"]):  # the least length and the greatest; GRPO counts T, if it was reached
+        assert run.rollouts()["n_tokens"].between(3, 11).all()
     assert {"residual", "kept_frac", "log_reward"} <= set(runs["rgfn"].metrics())
     assert {"rewards/length/mean", "behaviour/bypass"} <= set(runs["grpo"].metrics())
     # all arms start from one checkpoint, and whoever was trained answers by it
@@ -509,6 +519,7 @@ def test_what_a_study_with_rationales_depends_on():
         ({"rgfn": {**THINKS["rgfn"], "lora_rank": 2}}, {"grpo", "rgfn"}),
         ({"select": {"n": [1, 3], "rows": 3}}, {"sft", "grpo", "rgfn"}),
         ({"reasoning": {**THINKS["reasoning"], "max_tokens": 11}}, {"sft", "grpo", "rgfn"}),
+        ({"reasoning": {**THINKS["reasoning"], "min_tokens": 2}}, {"sft", "grpo", "rgfn"}),
         ({"reasoning": {**THINKS["reasoning"], "without": 0.2}}, {"sft", "grpo", "rgfn"}),
     ]:
         other, elsewhere = digests(**changes)

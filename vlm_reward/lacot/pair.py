@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONING', 'has_adapters', 'add_lora', 'frozen_copy', 'answering', 'adapter_parameters', 'check_trainable',
-           'Reasoning', 'write_reasoning', 'read_reasoning']
+           'Reasoning', 'write_reasoning', 'read_reasoning', 'load_answerer']
 
 # %% ../../nbs/lacot/03_pair.ipynb #9a3130f9
 import copy
@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..core.settings import from_dict, setting
 from ..core.store import json_bytes, write_whole
 from .turns import Layout
-from ..policy.families import MERGER_NAMES, bare_model, lora_targets, vision_tower, without_bars
+from ..policy.families import MERGER_NAMES, bare_model, load_policy, lora_targets, vision_tower, without_bars
 
 # %% ../../nbs/lacot/03_pair.ipynb #455a7ac3
 def has_adapters(
@@ -143,6 +143,7 @@ class Reasoning:
     answerer: str | None = setting(
         None, "policy that answers, if not the one under the adapters; as seen from the folder"
     )
+    min_tokens: int = setting(0, "rationales cannot end before", low=0)
 
 
 def write_reasoning(
@@ -167,3 +168,18 @@ def read_reasoning(
         return from_dict(Reasoning, json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def load_answerer(
+    policy: str | Path,  # folder or name of the sampler
+    model: Any,  # the sampler, loaded
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Any:  # pi; None: the sampler with its adapters off; the sampler itself where it was not trained apart
+    "Load who answers for a policy."
+    told = read_reasoning(policy).answerer
+    if told is None:
+        return None if has_adapters(model) else model
+    beside = Path(policy) / told
+    return load_policy(str(beside) if beside.is_dir() else told, dtype=dtype, device=device)[0]

@@ -34,6 +34,7 @@ class AnswerConfig:
     reasoning: bool = setting(True, "false: ask for the answer straight away")
     temperature: float = setting(1.0, "of the rationales", low=1e-3)
     answer_temperature: float = setting(1.0, "of the answers; 0 takes the likeliest token", low=0)
+    min_tokens: int | None = setting(None, "rationales cannot end before; null: as the policy was trained", low=0)
     max_tokens: int = setting(256, "cut rationales off here", low=1)
     answer_tokens: int = setting(32, "cut answers off here", low=1)
     layout: Literal["auto", "turn", "section"] = setting(
@@ -80,7 +81,7 @@ def load_pair(
     cfg: AnswerConfig,
 ) -> tuple[Any, Any, Any, Any]:  # sampler; answerer, None where its adapters are switched off; processor; turns
     "The policies that think and answer, and how they write."
-    from vlm_reward.lacot.pair import has_adapters, read_reasoning
+    from vlm_reward.lacot.pair import load_answerer, read_reasoning
     from vlm_reward.lacot.turns import turns_of
     from vlm_reward.policy.families import load_policy
 
@@ -88,11 +89,7 @@ def load_pair(
     model, processor = load_policy(cfg.policy, revision=cfg.revision, **how)
     told = read_reasoning(cfg.policy)
     layout, role = (told.layout, told.role) if cfg.layout == "auto" else (cfg.layout, cfg.role)
-    beside = Path(cfg.policy) / (told.answerer or "")
-    frozen = load_policy(str(beside) if beside.is_dir() else told.answerer, **how)[0] if told.answerer else None
-    if frozen is None and not has_adapters(model):
-        frozen = model
-    return model, frozen, processor, turns_of(processor, layout, role)
+    return model, load_answerer(cfg.policy, model, **how), processor, turns_of(processor, layout, role)
 
 # %% ../../nbs/studies/18_answer.ipynb #a31cb162
 def draw(
@@ -101,13 +98,15 @@ def draw(
 ) -> Any:  # `lacot.bin.Candidates`
     "Rationales, their answers, and all scores."
     from vlm_reward.lacot.bin import draw_candidates
+    from vlm_reward.lacot.pair import read_reasoning
     from vlm_reward.studies.selection import equal_answers
 
     heat = {"temperature": cfg.temperature, "answer_temperature": cfg.answer_temperature, "n": cfg.n}
     if cfg.select == "greedy":
         heat = {"temperature": 0.0, "answer_temperature": 0.0, "n": 1}
     model, frozen, processor, turns = load_pair(cfg)
-    limits = {"max_tokens": cfg.max_tokens, "answer_tokens": cfg.answer_tokens}
+    least = read_reasoning(cfg.policy).min_tokens if cfg.min_tokens is None else cfg.min_tokens
+    limits = {"min_tokens": least, "max_tokens": cfg.max_tokens, "answer_tokens": cfg.answer_tokens}
     same = partial(equal_answers, row)
     return draw_candidates(model, processor, turns, [row], frozen=frozen, seed=cfg.seed, same=same, **heat, **limits)[0]
 

@@ -161,7 +161,8 @@ def grpo_settings(
     "The training settings of one run: the study's, with the arm's changes and the seed."
     if not cfg.arms[arm].trained or cfg.arms[arm].algorithm != "grpo":
         return None
-    common = {**to_dict(cfg.grpo), **cfg.arms[arm].grpo, "seed": seed}
+    said = {} if cfg.reasoning is None else {"max_new_tokens": cfg.reasoning.max_tokens + 1}  # and the token that ends
+    common = {**to_dict(cfg.grpo), **cfg.arms[arm].grpo, **said, "seed": seed}
     return from_dict(GRPOSettings, common, f"arms.{arm}.grpo")
 
 
