@@ -105,9 +105,9 @@ def test_the_least_length_is_that_of_the_folder_or_what_is_asked_for(asked_of, t
     processor.save_pretrained(tmp_path)
     write_reasoning(tmp_path, Reasoning(min_tokens=20))
     taught = replace(asked_of, policy=str(tmp_path), n=3)
-    for select in ("bin", "greedy"):
-        assert ask(replace(taught, select=select)).draws["tokens"].min() > 20  # T counts
-        assert ask(replace(taught, select=select, min_tokens=0)).draws["tokens"].min() <= 20
+    for rule in ("bin", "greedy"):
+        assert ask(replace(taught, select=rule)).draws["tokens"].min() > 20  # T counts
+        assert ask(replace(taught, select=rule, min_tokens=0)).draws["tokens"].min() <= 20
     with pytest.raises(ValueError, match="min_tokens <= max_tokens"):
         ask(replace(taught, max_tokens=10))
 

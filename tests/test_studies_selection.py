@@ -234,12 +234,12 @@ def test_rows_keep_their_order_whatever_they_ask_for(pocket, speak):
     found = speak(*pocket, mixed, n=3, seed=2, batch_size=6)
     assert [len(group) for group in found] == [3] * 5
     for row, group in zip(mixed, found, strict=True):
-        for sample in group:
-            assert (parse_response(sample.text).answer is not None) == bool(row["sections"])
+        for said in group:
+            assert (parse_response(said.text).answer is not None) == bool(row["sections"])
     right = [
-        sample.text == row["solution"]
+        said.text == row["solution"]
         for row, group in zip(mixed, found, strict=True)
-        for sample in group
+        for said in group
         if not row["sections"]
     ]
     assert np.mean(right) > 0.7

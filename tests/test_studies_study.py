@@ -21,7 +21,7 @@ from vlm_reward.core.store import locked
 from vlm_reward.data.stored import tell_once
 from vlm_reward.studies import study as chapter
 from vlm_reward.studies.design import StudyConfig, load_ground, load_study, plan, study_folder
-from vlm_reward.studies.job import stage_run, target_completion
+from vlm_reward.studies.job import run_job, stage_run, target_completion
 from vlm_reward.studies.study import (
     StudyError,
     arrange,
@@ -502,6 +502,44 @@ def test_adapters_serve_both_ways_of_training(tmp_path):
         table = Run(next(folder.glob(f"arms/{name}-*"))).table("evaluation")
         assert len(table) == 4 * 3 and "selection" not in Run(next(folder.glob(f"arms/{name}-*"))).tables()
     assert "reward" in Run(next(folder.glob("arms/rgfn-*"))).metrics()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_of_rgfn_that_broke_off_goes_on_and_ends_as_one_that_did_not(tmp_path, rank):
+    likely = {**THINKS["rgfn"], "steps": 5, "save_every": 2, "lora_rank": rank}
+    changes = {"arms": {"rgfn": {"algorithm": "rgfn"}}, "rgfn": likely, "sft": None, "select": None}
+    layout = {**THINKS["reasoning"], "layout": "section", "min_tokens": 0}
+    cfg = from_dict(StudyConfig, THINKS | changes | {"reasoning": layout})
+    (job,) = plan(cfg)
+    whole = run_job(cfg, job, tmp_path / "whole", None, lambda n: None)
+    ticks = []
+
+    def breaking(n):
+        ticks.append(n)
+        if n == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(cfg, job, tmp_path / "broken", None, breaking)
+    (half,) = (tmp_path / "broken" / "arms").iterdir()
+    assert Run(half).rollout_steps() == [1, 2, 3] and not Run(half).finished
+    first = (half / "rollouts" / "step_00001.parquet").stat().st_mtime_ns
+    ticks.clear()
+    again = run_job(cfg, job, tmp_path / "broken", None, ticks.append)
+    assert ticks[:3] == [3, 4, 5]  # two steps were not done again
+    assert (half / "rollouts" / "step_00001.parquet").stat().st_mtime_ns == first
+    assert (again.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
+    assert results(again.path) == results(whole.path)
+    kinds = "*.safetensors"
+    weights = [next((run.checkpoints / "final").glob(kinds)).read_bytes() for run in (whole, again)]
+    assert weights[0] == weights[1]
+    for run in (whole, again):
+        assert [path.name for path in run.checkpoints.iterdir()] == ["final"]
+        assert run.summary()["training_minutes"] * 60 >= run.timings()["seconds"].iloc[:2].sum()
+    # a finished run that is asked for again begins anew
+    ticks.clear()
+    run_job(cfg, job, tmp_path / "broken", None, ticks.append)
+    assert ticks[0] == 1 and results(again.path) == results(whole.path)
 
 
 def test_what_a_study_with_rationales_depends_on():
