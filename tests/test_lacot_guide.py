@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vlm_reward.lacot.guide as guide
 from vlm_reward.lacot.guide import (
     RubricReward,
     draw_temperatures,
@@ -16,6 +17,8 @@ from vlm_reward.lacot.guide import (
     rubric_points,
     threshold,
 )
+from vlm_reward.lacot.settings import RGFNSettings
+from vlm_reward.lacot.subtb import group_loss
 from vlm_reward.lacot.turns import encode_questions, follow, rationale_ids, turns_of
 from vlm_reward.policy.specimens import specimen
 from vlm_reward.rewards.accuracy import accuracy_reward
@@ -158,6 +161,53 @@ def test_prior_and_temperature(judge, tiny_rows):
         prior.append(logits.gather(-1, torch.tensor([*z, turns.stop])[:, None]).sum())
     torch.testing.assert_close(rationale_logprobs(model, turns, inputs, ids), torch.stack(prior), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both[0].log_rewards - both[1].log_rewards, torch.stack(prior), atol=1e-3, rtol=1e-3)
+
+
+def trained_by_balance(prior, tau, points, steps=1500, copies=8):
+    "A table of rationales, drawn evenly and paid anew in each step, that a squared balance has trained."
+    logits = torch.zeros(len(prior), requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.02)
+    fade = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+    z = torch.arange(len(prior)).repeat(copies)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        group_loss((prior.log()[z] + points(z) / tau), logits.log_softmax(0)[z]).backward()
+        optimizer.step()
+        fade.step()
+    return logits.softmax(0).detach()
+
+
+@pytest.mark.parametrize("answers", ["greedy", "sampled"])
+def test_which_target_a_stochastic_answerer_leads_to(answers):
+    "exp(E r / tau), not E exp(r / tau); with greedy answers, points are a function of Z and both are one."
+    prior, right, tau = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.3, 0.1, 0.0]), 0.3
+    noise = torch.Generator().manual_seed(1)
+    greedy = torch.tensor([1.0, 0.0, 0.0])
+    if answers == "greedy":
+        found, chance = trained_by_balance(prior, tau, lambda z: greedy[z]), greedy
+    else:
+        found, chance = trained_by_balance(prior, tau, lambda z: torch.bernoulli(right[z], generator=noise)), right
+    mean_inside = (prior.log() + chance / tau).softmax(0)
+    mean_outside = prior * (1 - chance + chance * math.exp(1 / tau))
+    mean_outside = mean_outside / mean_outside.sum()
+    apart = [(found - target).abs().sum().item() / 2 for target in (mean_inside, mean_outside)]
+    assert apart[0] < 0.02
+    assert apart[1] < 0.02 if answers == "greedy" else apart[1] > 0.1
+
+
+def test_answers_are_greedy_unless_told_otherwise(judge, tiny_rows, monkeypatch):
+    "So that points are a function of the rationale: asking twice gives the same, and equal rationales are paid alike."
+    model, processor, turns = judge
+    row, inputs = asked(processor, tiny_rows)
+    rubric = Rubric({"length": lambda completion: len(completion) / 7})
+    ids = [rationale_ids(processor, text, turns) for text in ("red", "a blue one", "red")]
+    one, two = (RubricReward(rubric).judge(model, processor, turns, row, inputs, ids) for _ in range(2))
+    assert one.texts == two.texts and one.texts[0] == one.texts[2] and torch.equal(one.log_rewards, two.log_rewards)
+    assert RGFNSettings().answer_temperature == RubricReward(rubric).answer_temperature == 0
+    seen, write = [], guide.write_answers
+    monkeypatch.setattr(guide, "write_answers", lambda *a, **o: seen.append(o["temperature"]) or write(*a, **o))
+    RubricReward(rubric, answer_temperature=0.7).judge(model, processor, turns, row, inputs, ids)
+    assert seen == [0.7]
 
 
 def test_sections_are_those_of_the_text_that_is_read(judge, tiny_rows):

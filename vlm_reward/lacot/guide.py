@@ -107,13 +107,13 @@ class RubricReward:
     - rubric: with `.reward_funcs` and `.reward_weights`; the same object as for GRPO
     - prior: whether log pi(Z T | X) is added
     - answer_tokens: answers are cut off here
-    - answer_temperature: at which the answerer writes them; 0 is greedy
+    - answer_temperature: at which the answerer writes them; 0 is greedy, and points depend on the rationale alone
     """
 
     rubric: Any
     prior: bool = True
     answer_tokens: int = 16
-    answer_temperature: float = 1.0
+    answer_temperature: float = 0.0
 
     def judge(
         self,
