@@ -2,27 +2,32 @@
 
 import copy
 import itertools
+import json
 import math
 import os
 import shutil
 import socket
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import vlm_reward.lacot.rgfn as rgfn
 import vlm_reward.lacot.step as step
+import vlm_reward.lacot.subtb as subtb
+import vlm_reward.lacot.token_reward as token_reward
 from vlm_reward.core.rows import make_row
 from vlm_reward.core.runs import Run
 from vlm_reward.lacot.drawing import Rationale
 from vlm_reward.lacot.pair import add_lora, frozen_copy
 from vlm_reward.lacot.rgfn import train_rgfn
-from vlm_reward.lacot.settings import RGFNSettings, check_request, question_order, training_arguments
+from vlm_reward.lacot.settings import RGFNSettings, check_request, question_order, sharding_found, training_arguments
 from vlm_reward.lacot.subtb import sampler_scores
 from vlm_reward.lacot.token_reward import token_rewards
 from vlm_reward.lacot.turns import answer_ids, encode_questions, split_text, turns_of
@@ -501,32 +506,45 @@ SHARED = {"questions_per_step": 4, "filter": "sum", "tolerance": 1.0, "trainer":
 
 
 def told_texts(model, processor, turns, rows, settings):
-    "The same two rationales for a row, whoever asks."
-    return [[Rationale([14], True, "a"), Rationale([15, 14 + int(row["id"][-1]) % 2], True, "b")] for row in rows]
+    "The same two or three rationales for a row, whoever asks."
+    two = [[Rationale([14], True, "a"), Rationale([15, 14 + int(row["id"][-1]) % 2], True, "b")] for row in rows]
+    return [some + [Rationale([15], True, "b")] * (row["id"] == "toy-3") for some, row in zip(two, rows, strict=True)]
 
 
-def half(rank, port, folder):
+def cannot_be_packed(model):
+    return "a reason"
+
+
+def half(rank, port, folder, packed):
     "One of two processes that train together."
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     rgfn.draw_step = told_texts
+    if not packed:
+        subtb.packing_problem = token_reward.packing_problem = cannot_be_packed
     model, processor = toy()
     run = Run.open(folder, "both", {}, "0") if not rank else None
-    settings = toy_settings(**SHARED)
+    settings = toy_settings(**SHARED | {"filter": "sum" if packed else "none"})
     train_rgfn(model, processor, toy_rows(4, rationale="a"), settings, run=run)
     torch.save(model.state_dict(), folder / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads now and then wait for each other when they are taken down
 
 
-def test_two_processes(tmp_path, monkeypatch):
-    "They draw and score two questions each, and arrive where one process arrives that has all four."
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one text per forward"])
+def test_two_processes(tmp_path, monkeypatch, packed):
+    """They draw and score two questions each, and arrive where one process arrives that has all four.
+
+    A model that cannot be packed reads one text per forward, and one process may have more texts than the other.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # new processes: a forked child of a process with threads can wait for a lock that nobody holds
-    both = torch.multiprocessing.start_processes(half, (port, tmp_path), nprocs=2, join=False, start_method="spawn")
+    both = torch.multiprocessing.start_processes(
+        half, (port, tmp_path, packed), nprocs=2, join=False, start_method="spawn"
+    )
     try:
         deadline = time.monotonic() + 120
         while not both.join(timeout=1):
@@ -537,7 +555,7 @@ def test_two_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(rgfn, "draw_step", told_texts)
     model, processor = toy()
     run = Run.open(tmp_path, "alone", {}, "0")
-    settings = toy_settings(**SHARED)
+    settings = toy_settings(**SHARED | {"filter": "sum" if packed else "none"})
     train_rgfn(model, processor, toy_rows(4, rationale="a"), settings, run=run)
     first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -549,3 +567,95 @@ def test_two_processes(tmp_path, monkeypatch):
         torch.testing.assert_close(
             torch.tensor(together.metrics()[name]), torch.tensor(run.metrics()[name]), rtol=1e-3, atol=1e-4
         )
+
+
+def test_weights_of_16_bits_are_refused():
+    "They round the steps of a small learning rate away: hardly any weight moves, and nothing tells."
+    model, processor = toy()
+    fine, coarse = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64).to(torch.bfloat16)
+    for layer in (fine, coarse):
+        before, optimizer = layer.weight.detach().clone(), torch.optim.AdamW(layer.parameters(), lr=1e-5)
+        layer(torch.ones(1, 64, dtype=layer.weight.dtype)).sum().backward()
+        optimizer.step()
+        still = (layer.weight == before).float().mean()
+        assert still < 0.01 if layer is fine else still > 0.95
+    with pytest.raises(ValueError, match=r"trained in torch\.bfloat16, which rounds steps of 0\.001 away") as error:
+        train_rgfn(model.to(torch.bfloat16), processor, toy_rows(), toy_settings())
+    assert "\n" not in str(error.value) and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("trainer", [{}, {"bf16": True}], ids=str)
+def test_adapters_on_a_base_of_16_bits_learn_in_32(trainer):
+    model, processor = toy(scale=5.0)
+    log = []
+    settings = toy_settings(steps=3, lora_rank=2, lr=1e-5, trainer=trainer)
+    trained = train_rgfn(model.to(torch.bfloat16), processor, toy_rows(), settings, progress=lambda _, m: log.append(m))
+    learnt = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+    assert learnt and {p.dtype for p in learnt.values()} == {torch.float32}
+    assert trained.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert all(p.any() for n, p in learnt.items() if "lora_B" in n) and all(math.isfinite(m["loss"]) for m in log)
+
+
+def test_float32_weights_are_trained_in_bfloat16():
+    "The remedy: the steps are small, and every layer takes them."
+    model, processor = toy(scale=5.0)
+    before, log = weights(model), []
+    settings = toy_settings(lr=1e-5, trainer={"bf16": True})
+    train_rgfn(model, processor, toy_rows(), settings, progress=lambda _, m: log.append(m))
+    assert [n for n in moved(before, model) if "q_proj" in n] and math.isfinite(log[-1]["loss"])
+
+
+STAGE3, STAGE2 = ({"zero_optimization": {"stage": stage}} for stage in (3, 2))
+
+
+@pytest.mark.parametrize("trainer", [{"fsdp": True}, {"fsdp": "full_shard"}, {"deepspeed": STAGE3}, "file"], ids=str)
+def test_split_weights_are_refused_by_their_settings(trainer, tmp_path):
+    if trainer == "file":
+        (tmp_path / "zero3.json").write_text(json.dumps(STAGE3))
+        trainer = {"deepspeed": str(tmp_path / "zero3.json")}
+    model, processor = toy()
+    with pytest.raises(ValueError, match=r"(DeepSpeed ZeRO-3|FSDP) splits the weights.*use DDP") as error:
+        train_rgfn(model, processor, toy_rows(), toy_settings(trainer=trainer))
+    assert "\n" not in str(error.value)
+
+
+def test_split_weights_are_refused_if_the_launcher_splits_them(monkeypatch):
+    "As accelerate's state tells, whoever set it up; the first two stages of ZeRO split none."
+    states = {
+        "DeepSpeed ZeRO-3": SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=STAGE3)),
+        "FSDP": SimpleNamespace(fsdp_plugin=object()),
+        None: SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=STAGE2), fsdp_plugin=None),
+    }
+    assert {name: sharding_found(state) for name, state in states.items()} == {name: name for name in states}
+    assert sharding_found(AcceleratorState()) is None
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", SimpleNamespace(activation_checkpointing=False), raising=False)
+    model, processor = toy()
+    with pytest.raises(ValueError, match="FSDP splits the weights"):
+        train_rgfn(model, processor, toy_rows(), toy_settings())
+    assert "forward" not in vars(model)
+
+
+def leaky(**changed):
+    "The pocket, for some steps; what is warned of, and the metrics."
+    from vlm_reward.data.hub import load_rows
+    from vlm_reward.policy.families import load_policy
+
+    how = {"layout": "section", "max_tokens": 24, "lr": 1e-4, "steps": 22} | changed
+    log = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = load_rows("scenes/relation", n=64)
+        train_rgfn(*load_policy("pocket"), rows, RGFNSettings(**how), progress=lambda _, m: log.append(m))
+    return [str(w.message) for w in told if "leaks" in str(w.message)], log
+
+
+def test_a_leak_is_told_once():
+    "With the paper's R_0, no least length and the filter on, the loss falls and the sampler is ruined."
+    told, log = leaky(empty="off")
+    assert len(told) == 1 and "\n" not in told[0] and "set filter to 'none'" in told[0]
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["log_reward"] < log[0]["log_reward"] - 3
+
+
+def test_the_defaults_do_not_leak():
+    told, log = leaky()
+    assert not told and log[-1]["log_q/reference"] > log[0]["log_q/reference"]
