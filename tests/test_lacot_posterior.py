@@ -15,7 +15,7 @@ from vlm_reward.lacot.posterior import (
     action_logprobs,
     against,
     all_strings,
-    balance_loss,
+    string_balance_loss,
     climb_loss,
     draw_strings,
     entropy,
@@ -178,8 +178,8 @@ def test_balance_is_zero_at_the_posterior_alone(seed):
     toy, noise = random_problem(seed), torch.Generator().manual_seed(seed)
     rewards, exact = log_rewards(toy, "1"), posterior(toy, "1")
     states = draw_strings(toy.prior[None], torch.ones(1, 200), noise)
-    assert balance_loss(table_of(exact, 2)[None], states, rewards).item() < 1e-9
-    assert balance_loss(toy.prior[None], states, rewards).item() > 0.1
+    assert string_balance_loss(table_of(exact, 2)[None], states, rewards).item() < 1e-9
+    assert string_balance_loss(toy.prior[None], states, rewards).item() > 0.1
 
 
 def test_balance_of_all_pairs_by_the_naive_loop():
@@ -196,17 +196,17 @@ def test_balance_of_all_pairs_by_the_naive_loop():
         ]
         found.append(sum(pairs) / max(1, len(pairs)))
     expected = torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in found]).mean()
-    torch.testing.assert_close(balance_loss(table[None], states, rewards)[0], expected)
+    torch.testing.assert_close(string_balance_loss(table[None], states, rewards)[0], expected)
 
 
 def test_what_is_not_kept_does_not_teach():
     toy, noise = problem(), torch.Generator().manual_seed(0)
     states, rewards = draw_strings(toy.prior[None], torch.ones(1, 50), noise), log_rewards(toy, "yes")
     ends = read_ways(toy.prior[None], states).ends
-    some = balance_loss(toy.prior[None], states, rewards, keep=lambda ends: rewards[ends] > -6)
+    some = string_balance_loss(toy.prior[None], states, rewards, keep=lambda ends: rewards[ends] > -6)
     alone = states[:, (rewards[ends] > -6)[0]]
-    torch.testing.assert_close(some, balance_loss(toy.prior[None], alone, rewards))
-    assert balance_loss(toy.prior[None], states, rewards, keep=lambda ends: ends < 0).item() == 0
+    torch.testing.assert_close(some, string_balance_loss(toy.prior[None], alone, rewards))
+    assert string_balance_loss(toy.prior[None], states, rewards, keep=lambda ends: ends < 0).item() == 0
 
 
 # training
@@ -217,7 +217,7 @@ def learn_yes(seed, name):
     toy = problem()
     rewards = log_rewards(toy, "yes")
     if name == "balance":
-        return trained(lambda t, s, _: balance_loss(t, s, rewards), toy.prior, seed, explore=0.25, steps=300)
+        return trained(lambda t, s, _: string_balance_loss(t, s, rewards), toy.prior, seed, explore=0.25, steps=300)
     points = rewards if name == "log reward" else rewards.exp()
     return trained(lambda t, s, _: climb_loss(t, s, points), toy.prior, seed, steps=300)
 
@@ -245,7 +245,7 @@ def test_grpo_keeps_one_mode_of_the_same_reward(seed, name):
 def test_balance_reaches_the_posterior_of_random_tables(seed):
     toy = random_problem(seed)
     rewards = log_rewards(toy, "2")
-    q = trained(lambda t, s, _: balance_loss(t, s, rewards), toy.prior, seed, explore=0.25, steps=600)
+    q = trained(lambda t, s, _: string_balance_loss(t, s, rewards), toy.prior, seed, explore=0.25, steps=600)
     assert total_variation(string_logprobs(toy.prior).exp(), posterior(toy, "2")) > 0.2
     assert (total_variation(q, posterior(toy, "2")) < 0.05).all()
 
@@ -270,7 +270,7 @@ def test_balance_between_strings_and_grpo_with_the_whole_log_ratio_arrive_too():
 def test_a_reward_temperature_below_one_sharpens_the_target():
     toy = problem()
     rewards = log_rewards(toy, "yes") / 0.7
-    q = trained(lambda t, s, _: balance_loss(t, s, rewards), toy.prior, 1, explore=0.25, steps=600)
+    q = trained(lambda t, s, _: string_balance_loss(t, s, rewards), toy.prior, 1, explore=0.25, steps=600)
     assert (total_variation(q, rewards.softmax(0)) < 0.05).all()
     assert (total_variation(q, posterior(toy, "yes")) > 0.07).all()
     assert (entropy(q) < entropy(posterior(toy, "yes")) - 0.2).all()
@@ -287,14 +287,14 @@ def test_the_filter_moves_the_sampler_away_from_the_posterior():
     found = []
     for tolerance in (math.inf, 1.5):
         kept = None if tolerance == math.inf else partial(keep, tolerance=tolerance)
-        q = trained(lambda t, s, _, k=kept: balance_loss(t, s, rewards, keep=k), toy.prior, 1, explore=0.25, steps=300)
+        q = trained(lambda t, s, _, k=kept: string_balance_loss(t, s, rewards, keep=k), toy.prior, 1, explore=0.25, steps=300)
         found.append(total_variation(q, exact).mean().item())
     assert found[0] < 0.02 and found[1] > 0.05
 
 
 def test_training_can_be_repeated_and_seeds_differ():
     toy = problem()
-    loss = lambda t, s, _: balance_loss(t, s, log_rewards(toy, "yes"))  # noqa: E731
+    loss = lambda t, s, _: string_balance_loss(t, s, log_rewards(toy, "yes"))  # noqa: E731
     first, again, other = (trained(loss, toy.prior, seed, steps=20) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])  # runs have noise of their own
@@ -303,7 +303,7 @@ def test_training_can_be_repeated_and_seeds_differ():
 def test_what_is_watched_is_kept():
     toy = problem()
     watch = against(posterior(toy, "yes"), modes(toy, "yes"))
-    loss = lambda t, s, _: balance_loss(t, s, log_rewards(toy, "yes"))  # noqa: E731
+    loss = lambda t, s, _: string_balance_loss(t, s, log_rewards(toy, "yes"))  # noqa: E731
     _, seen = learn(toy.prior, loss, watch, runs=3, steps=40, every=20)
     assert len(seen) == 9 and sorted(seen["step"].unique()) == [0, 20, 40]
     start = total_variation(string_logprobs(toy.prior).exp(), posterior(toy, "yes")).item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSURE', 'Loss', 'all_strings', 'table_logprobs', 'string_logprobs', 'table_of', 'Problem', 'make_problem',
            'log_rewards', 'posterior', 'modes', 'total_variation', 'modes_found', 'entropy', 'draw_strings', 'Ways',
-           'read_ways', 'balance_loss', 'action_logprobs', 'climb_loss', 'learn', 'against', 'plot_learning']
+           'read_ways', 'string_balance_loss', 'action_logprobs', 'climb_loss', 'learn', 'against']
 
 # %% ../../nbs/lacot/06_posterior.ipynb #a14c8d8b
 import math
@@ -14,9 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
 
 from .guide import draw_temperatures
 from .subtb import subtb_loss
@@ -209,7 +207,7 @@ def read_ways(
     return Ways(states, logprobs, torch.where(real, table[run, here, -1], 0.0), mask)
 
 # %% ../../nbs/lacot/06_posterior.ipynb #b77adc51
-def balance_loss(
+def string_balance_loss(
     table: torch.Tensor,  # (runs, S, A + 1) log q, with gradient
     states: torch.Tensor,  # (runs, draws, n + 1)
     rewards: torch.Tensor,  # R: (S,) nats
@@ -298,16 +296,3 @@ def against(
         return found | {"entropy": entropy(q)}
 
     return watch
-
-# %% ../../nbs/lacot/06_posterior.ipynb #6c11d8a7
-def plot_learning(
-    seen: pd.DataFrame,  # what `learn` saw, with a column `arm`
-    axes: Sequence[Axes],  # one per number
-) -> Sequence[Axes]:
-    "Draw each number over the steps: means over runs, and the range of the runs."
-    names = [name for name in seen.columns if name not in ("arm", "run", "step")]
-    for ax, name in zip(axes, names, strict=True):
-        sns.lineplot(seen, x="step", y=name, hue="arm", errorbar=("pi", 100), ax=ax, legend=ax is axes[-1])
-        ax.set(ylabel=f"{name}, nats" if name == "entropy" else name, ylim=(0, None))
-    axes[-1].legend(title=None, fontsize="small")
-    return axes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_pair_loss', 'weighted_pair_loss', 'subtb_loss', 'check_shapes', 'group_loss', 'sampler_query', 'sampler_scores',
-           'packed_scores', 'plain_scores', 'questions']
+           'packed_scores', 'plain_scores', 'take_questions']
 
 # %% ../../nbs/lacot/05_subtb.ipynb #528b64c4
 from collections.abc import Mapping, Sequence
@@ -153,7 +153,8 @@ def sampler_scores(
     texts = [torch.as_tensor(z, dtype=torch.long, device=inputs["input_ids"].device) for z in rationales]
     if packing_problem(model):
         parts = [
-            plain_scores(model, turns, questions(model, inputs, [m]), z) for m, z in zip(member, texts, strict=True)
+            plain_scores(model, turns, take_questions(model, inputs, [m]), z)
+            for m, z in zip(member, texts, strict=True)
         ]
     else:
         parts = packed_scores(model, turns, inputs, texts, groups, max_tokens)
@@ -172,7 +173,7 @@ def packed_scores(
     if max_tokens is not None:
         start = (real_tokens(inputs).sum(1) + len(turns.opening)).tolist()
         rows = split_groups(groups, [len(z) for z in texts], start, max_tokens)
-        inputs, groups = questions(model, inputs, [row for row, _ in rows]), [own for _, own in rows]
+        inputs, groups = take_questions(model, inputs, [row for row, _ in rows]), [own for _, own in rows]
     opening = Branch(inputs["input_ids"].new_tensor(turns.opening))
     packed = pack(model, inputs, [[opening, *(Branch(texts[i], 0) for i in group)] for group in groups])
     install_scoring(model)
@@ -199,7 +200,7 @@ def plain_scores(
     return model(**grown, score=Query(index, tokens), use_cache=False).logprobs
 
 
-def questions(
+def take_questions(
     model: Any,  # a policy, wrapped or not
     inputs: Mapping[str, Any],  # model inputs of questions
     which: Sequence[int],  # numbers of questions; repeats allowed
