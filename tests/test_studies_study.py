@@ -1,6 +1,7 @@
 "Studies: digests against what may change a result, equal metrics in any process, failure, interruption and resumption."
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from vlm_reward.core.config import ConfigError, from_dict, to_dict, to_yaml
 from vlm_reward.core.runs import Run, RunError
 from vlm_reward.core.store import locked
 from vlm_reward.data.stored import tell_once
+from vlm_reward.policy.families import load_policy
 from vlm_reward.studies import study as chapter
 from vlm_reward.studies.design import StudyConfig, load_ground, load_study, plan, study_folder
-from vlm_reward.studies.job import run_job, stage_run, target_completion
+from vlm_reward.studies.job import run_job, run_stage, stage_run, target_completion
 from vlm_reward.studies.study import (
     StudyError,
     arrange,
@@ -367,8 +369,6 @@ def test_a_study_is_worked_on_once_at_a_time(make, tmp_path):
 
 
 def test_checkpoints_that_are_asked_for_later(make, tmp_path):
-    from vlm_reward.policy.families import load_policy
-
     folder = do(make(), tmp_path)
     before = {path.name: results(path) for path in (folder / "arms").iterdir()}
     do(make(save_checkpoints=True), tmp_path)
@@ -396,6 +396,28 @@ def test_the_supervised_stage_is_done_once_and_shared(make, tmp_path):
     same = {a.arm: a.digest == b.digest for a, b in zip(plan(cfg), plan(other), strict=True)}
     assert same == {"sft": False, "vowels": False, "raw": True}
     assert stage_run(other, folder, load_ground(other)).path != stage
+
+
+def test_a_stage_of_small_steps_moves_weights_of_16_bits(make, tmp_path):
+    "It is trained in float32, and kept in the study's number format."
+    small = {"steps": 4, "batch_size": 2, "lr": 1e-6, "warmup": 0, "decay": "constant"}
+    with pytest.raises(ConfigError, match="are rounded away in weights of bfloat16; set sft"):
+        make(sft=small, dtype="bfloat16")
+    cfg = make(sft={**small, "lr": 3e-5, "trainer": {"bf16": True}}, dtype="bfloat16")
+    run = stage_run(cfg, tmp_path, load_ground(cfg))
+    run_stage(cfg, cfg.sft, run, lambda n: None)
+    (first, _), (trained, _) = (
+        load_policy(place, dtype="bfloat16") for place in (cfg.policy, str(run.checkpoints / "final"))
+    )
+    pairs = list(zip(first.parameters(), trained.parameters(), strict=True))
+    assert json.loads((run.checkpoints / "final" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert sum((a != b).sum().item() for a, b in pairs) > 0.05 * sum(a.numel() for a, _ in pairs)
+
+
+def test_settings_of_the_stage_that_are_not_used_leave_digests_as_they_were(ground):
+    (plain,) = {job_of(ground, {"sft": sft}).digest for sft in ({"steps": 3}, {"steps": 3, "trainer": {}})}
+    assert job_of(ground, {"sft": {"steps": 3, "trainer": {"seed": 4}}}).digest != plain
+    assert "trainer" not in job_of(ground, {"sft": {"steps": 3}}).config["sft"]
 
 
 def test_targets_of_the_supervised_stage_earn_the_reward():
@@ -446,8 +468,6 @@ THINKS = {
 
 def policies(folder, cfg):
     "The saved policies of a study's arms, and of its supervised stage."
-    from vlm_reward.policy.families import load_policy
-
     paths = {p.parents[1].name.split("-seed")[0]: p for p in folder.glob("arms/*/checkpoints/final")}
     return {"stage": next(folder.glob("stage/*/checkpoints/final"))} | paths, load_policy
 

@@ -169,3 +169,10 @@ def test_muon_state_survives_a_save():
 def test_settings_without_a_step_are_refused(pocket, wrong):
     with pytest.raises(ValueError, match="want steps and batch_size"):
         train_sft(pocket[0], pocket[1], examples(1), SFTSettings(**wrong))
+
+
+def test_further_fields_go_to_transformers_and_unknown_ones_are_refused(pocket):
+    told = sft.training_arguments(SFTSettings(batch_size=8, trainer={"per_device_train_batch_size": 2}), "unused")
+    assert (told.per_device_train_batch_size, told.save_strategy) == (2, "no")
+    with pytest.raises(ValueError, match=r"trainer\.bf61: TrainingArguments has no such field; did you mean bf16"):
+        train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer={"bf61": True}))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FOLDER_NAME', 'NOT_GROUND', 'OF_REASONING', 'DataConfig', 'EvalConfig', 'ArmConfig', 'StudyConfig', 'check_names',
-           'check_arms', 'grpo_settings', 'rgfn_settings', 'arm_settings', 'arm_preset', 'load_study', 'Ground',
-           'load_ground', 'Once', 'each_line_once', 'rows_of', 'training_rows', 'replay_rows', 'held_out_rows',
-           'instructions', 'instruct', 'Job', 'plan', 'make_job', 'rows_to_choose', 'reward_fingerprint',
-           'study_folder']
+           'check_arms', 'in_float32', 'rounds_away', 'grpo_settings', 'rgfn_settings', 'arm_settings', 'arm_preset',
+           'load_study', 'Ground', 'load_ground', 'Once', 'each_line_once', 'rows_of', 'training_rows', 'replay_rows',
+           'held_out_rows', 'instructions', 'instruct', 'Job', 'plan', 'make_job', 'told_stage', 'rows_to_choose',
+           'reward_fingerprint', 'study_folder']
 
 # %% ../../nbs/studies/03_design.ipynb #c36b8fbe
 import logging
@@ -140,6 +140,9 @@ def check_names(cfg: StudyConfig) -> None:
 
 def check_arms(cfg: StudyConfig) -> None:
     "Every arm must have a known reward and settings that exist."
+    if cfg.sft is not None and rounds_away(cfg, cfg.sft):
+        said = f"sft.lr: steps of {cfg.sft.lr:g} are rounded away in weights of {cfg.dtype}"
+        raise ConfigError(f"{said}; set sft.trainer to {{bf16: true}}, which trains the stage's weights in float32")
     if not cfg.arms:
         raise ConfigError("arms: a study needs at least one arm, such as accuracy: {reward: accuracy}")
     for name, arm in cfg.arms.items():
@@ -151,6 +154,22 @@ def check_arms(cfg: StudyConfig) -> None:
             raise ConfigError(f"{said}; set it to 0, or leave reasoning out")
         rgfn_settings(cfg, name, cfg.seeds[0])
         arm_preset(arm)
+
+
+def in_float32(
+    settings: SFTSettings,
+) -> bool:
+    "Whether the supervised stage has a precision of its own, with weights in float32."
+    return bool(settings.trainer.get("bf16") or settings.trainer.get("fp16"))
+
+
+def rounds_away(
+    cfg: StudyConfig,
+    settings: SFTSettings,  # those of `cfg`
+) -> bool:
+    "Whether steps of the supervised stage are smaller than what the weights can tell apart; typical ones are 0.02."
+    coarse = {"bfloat16": 2**-8, "float16": 2**-11}.get(cfg.dtype, 0.0)
+    return not in_float32(settings) and settings.lr < 0.02 * coarse
 
 
 def grpo_settings(
@@ -359,7 +378,7 @@ def make_job(cfg: StudyConfig, arm: str, seed: int, common: Mapping[str, str], c
         "reward_file": reward_fingerprint(cfg.arms[arm].reward),
         "instructions": instructions(cfg, arm),
         **{name: whole[name] for name in ("policy", "revision", "dtype", "device", "threads")},
-        "sft": whole["sft"] if staged else None,
+        "sft": told_stage(whole["sft"]) if staged else None,
         "data": {name: whole["data"][name] for name in ("name", "n", "seed", "revision")},
         "eval": whole["eval"],
         "fingerprints": dict(common),
@@ -372,6 +391,13 @@ def make_job(cfg: StudyConfig, arm: str, seed: int, common: Mapping[str, str], c
     batches = math.ceil(completions / cfg.eval.batch_size)
     steps = getattr(settings or likely, "steps", 0)
     return Job(arm, seed, config, digest(config), batches + steps)
+
+
+def told_stage(
+    told: Mapping[str, Any],  # settings of the supervised stage, in plain values
+) -> dict[str, Any]:
+    "Those settings for a digest: what transformers decides alone does not stand there."
+    return {name: value for name, value in told.items() if value or name != "trainer"}
 
 
 def rows_to_choose(
@@ -402,4 +428,5 @@ def study_folder(
 ) -> Path:  # root/name-digest
     "Where the study belongs."
     left_out = NOT_GROUND if cfg.reasoning is not None else (*NOT_GROUND, *OF_REASONING)
+    left_out += () if cfg.sft is None or cfg.sft.trainer else ("sft.trainer",)
     return Path(root) / f"{cfg.name}-{digest(cfg, exclude=left_out)}"

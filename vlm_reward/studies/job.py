@@ -34,10 +34,12 @@ from vlm_reward.studies.design import (
     arm_preset,
     arm_settings,
     held_out_rows,
+    in_float32,
     instruct,
     instructions,
     replay_rows,
     rows_to_choose,
+    told_stage,
     training_rows,
 )
 from .evaluate import behaviour_of, evaluate, is_all_answer
@@ -138,6 +140,7 @@ def stage_place(
     whole = to_dict(cfg)
     names = ("policy", "revision", "dtype", "device", "threads", "prompt", "sft", "data")
     whole["data"].pop("local")
+    whole["sft"] = told_stage(whole["sft"] or {})
     config = {name: whole[name] for name in names} | {
         "rows": rows_fingerprint(ground.training),
         "weights": ground.weights,
@@ -169,7 +172,8 @@ def run_stage(
     begin(run)
     start = time.monotonic()
     with torch_threads(cfg.threads), told_before():
-        model, processor = load_policy(cfg.policy, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
+        dtype = "float32" if in_float32(settings) else cfg.dtype
+        model, processor = load_policy(cfg.policy, revision=cfg.revision, dtype=dtype, device=cfg.device)
         text = None if cfg.prompt in ("none", "preset") else cfg.prompt
         rows = instruct(training_rows(cfg), text)
         examples, how = [(row, target_completion(row)) for row in rows], {}
@@ -178,7 +182,7 @@ def run_stage(
             examples = lessons_for(cfg.reasoning, rows, target_completion, settings.seed)
             how = {"encode": partial(encode_lessons, processor, turns)}
         train_sft(model, processor, examples, settings, run=run, progress=lambda step, _: tick(step), **how)
-    save_policy(model, processor, run.checkpoints / "final")
+    save_policy(model.to(getattr(torch, cfg.dtype)), processor, run.checkpoints / "final")
     keep_reasoning(cfg.reasoning, run.checkpoints / "final")
     run.finish({"minutes": (time.monotonic() - start) / 60})
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['IGNORED', 'Example', 'Piece', 'Encode', 'encode_examples', 'with_labels', 'padded', 'completion_ids', 'extend',
            'SFTSettings', 'Examples', 'OrderedTrainer', 'StepLog', 'processes', 'stays_on_cpu', 'training_arguments',
-           'make_optimizer', 'train_sft']
+           'check_trainer', 'make_optimizer', 'train_sft']
 
 # %% ../../nbs/train/00_sft.ipynb #f825ff6f
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from ..core.rows import Row
 from ..core.runs import Run
-from ..core.settings import setting
+from ..core.settings import did_you_mean, setting
 from ..policy.families import freeze_vision_tower
 from ..policy.sampling import encode_prompts
 from .muon import Muon
@@ -100,6 +100,7 @@ class SFTSettings:
     shuffle: bool = setting(True, "draw examples in a seeded random order")
     loaders: int = setting(0, "processes that prepare batches beside training")
     seed: int = setting(0, "of order and dropout")
+    trainer: dict[str, Any] = setting({}, "further fields of transformers' TrainingArguments, by name")
 
 # %% ../../nbs/train/00_sft.ipynb #89f81e8c
 class Examples(Dataset):
@@ -162,26 +163,33 @@ def training_arguments(
     folder: str,  # where transformers may write
     device: str = "cpu",  # where the policy is, as torch calls it; several processes take their GPUs, if there are any
 ) -> TrainingArguments:
-    "Our settings in transformers' words."
+    "Our settings in transformers' words; what `settings.trainer` says comes on top."
     schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[settings.decay]
-    return TrainingArguments(
-        output_dir=folder,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=schedule,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        dataloader_num_workers=settings.loaders,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=stays_on_cpu(device),
-    )
+    words: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.lr,
+        "warmup_steps": settings.warmup,
+        "lr_scheduler_type": schedule,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "dataloader_num_workers": settings.loaders,
+        "use_cpu": stays_on_cpu(device),
+    }
+    plain = {"remove_unused_columns": False, "label_names": ["labels"], "logging_steps": 10}
+    plain |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return TrainingArguments(**(words | plain | settings.trainer))
+
+
+def check_trainer(
+    told: dict[str, Any],  # fields of TrainingArguments, by name
+) -> None:
+    "Raise `ValueError` for a field that does not exist."
+    known = [f.name for f in fields(TrainingArguments)]
+    for name in told:
+        if name not in known:
+            raise ValueError(f"trainer.{name}: TrainingArguments has no such field; {did_you_mean(name, known)}")
 
 
 def make_optimizer(model: PreTrainedModel, settings: SFTSettings) -> torch.optim.Optimizer:
@@ -204,12 +212,13 @@ def train_sft(
 ) -> PreTrainedModel:  # the same model
     """Fine-tune `model` on `examples`.
 
-    - Raises: `ValueError` if there are no examples or the settings ask for no step.
+    - Raises: `ValueError` if there are no examples, or the settings ask for no step or for a field that does not exist.
     """
     if not len(examples):
         raise ValueError("no examples to train on: the data set is empty")
     if settings.steps < 1 or settings.batch_size < 1:
         raise ValueError(f"want steps and batch_size >= 1, got {settings.steps} and {settings.batch_size}")
+    check_trainer(settings.trainer)
     set_seed(settings.seed)
     if settings.freeze_vision:
         freeze_vision_tower(model)
