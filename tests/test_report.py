@@ -418,6 +418,26 @@ def test_choices_are_counted_row_by_row(chosen):
         assert np.isnan(line["against baseline"]) == (line["arm"] == "sft")
 
 
+def test_bayesian_choices_are_compared_with_others_of_the_same_draws(chosen):
+    study = read_study(chosen)
+    found, text = selection_tables(study)["bayes"], selection_texts(selection_tables(study))["selection bayes"]
+    raw = study.stored("selection").to_dict("records")
+    assert len(found) == 4 * 3 and text["arm"].tolist() == study.arms and set(found["n"]) == {10}
+    for line in found.to_dict("records"):
+        n = 1 if line["against"] == "greedy" else 10
+        sides = [
+            {(x["row_id"], x["seed"]): x["correct"] for x in of(raw, arm=line["arm"], rule=rule, n=m)}
+            for rule, m in (("bin-marginal", 10), (line["against"], n))
+        ]
+        gaps = {key: sides[0][key] - sides[1][key] for key in sides[0]}
+        assert line["difference"] == pytest.approx(np.mean(list(gaps.values())))
+        clusters = [row for row, _ in gaps]
+        wanted = paired_difference(*(list(side.values()) for side in sides), clusters=clusters)
+        assert (line["low"], line["high"]) == pytest.approx((wanted.low, wanted.high), abs=0.02)
+    cell = text.set_index("arm")["bin-marginal"]["accuracy"]
+    assert cell.count(";") == 2 and all(other in cell for other in ("majority", "best-of-n", "greedy"))
+
+
 def test_choices_are_told_in_both_files_and_only_where_there_are_any(chosen, folder, page):
     told = report(chosen)
     html, text = check_page(told), told.with_suffix(".md").read_text()
@@ -430,6 +450,7 @@ def test_choices_are_told_in_both_files_and_only_where_there_are_any(chosen, fol
         p.stem for p in (folder / "tables").glob("*.csv")
     } == {
         "selection",
+        "bayes",
         "rationales",
         "cost",
     }

@@ -231,6 +231,7 @@ HEADINGS = {  # table -> its heading in the text
     "other tasks": "Accuracy on other tasks",
     "selection": "Selection: accuracy on {task} by rule and number of answers",
     "selection gains": "Selection: points against the greedy answer of the arm",
+    "selection bayes": "Selection: points of Bayesian inference against the other rules of the arm, with the most answers",
     "selection training": "Selection: points against {baseline} with the same rule",
     "rationales": "Rationales",
     "selection cost": "Cost of a question: seconds, tokens written and scored",
