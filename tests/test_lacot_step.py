@@ -244,7 +244,8 @@ def test_the_sampler_is_scored_without_dropout(rank, tmp_path, monkeypatch):
     assert run.rollouts().log_q.tolist() == pytest.approx(want, abs=1e-3)
 
 
-def test_gradient_checkpointing_goes_on_without_dropout(monkeypatch):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_goes_on_without_dropout(monkeypatch, rank):
     "Layers are still read twice to save memory, and nothing else changes."
     results, calls = [], []
     original = modeling_utils.checkpoint
@@ -252,7 +253,7 @@ def test_gradient_checkpointing_goes_on_without_dropout(monkeypatch):
     for more in ({}, {"gradient_checkpointing": True}):
         model, processor = shaky(0)
         assert not calls
-        results.append(train_rgfn(model, processor, toy_rows(), toy_settings(trainer=more)))
+        results.append(train_rgfn(model, processor, toy_rows(), toy_settings(trainer=more, lora_rank=rank)))
     assert calls
     for one, two in zip(results[0].parameters(), results[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
