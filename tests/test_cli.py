@@ -382,7 +382,7 @@ def test_every_field_of_a_study_can_be_given_as_a_flag(tiny):
         "observing": "{layers: all}",
         "balance": "group",
         "filter": "mean",
-        "empty": "turn",
+        "empty": "off",
         "layout": "section",
         "gamma": "0.5",
         "explore": "0.5",
