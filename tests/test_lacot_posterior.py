@@ -15,7 +15,6 @@ from vlm_reward.lacot.posterior import (
     action_logprobs,
     against,
     all_strings,
-    string_balance_loss,
     climb_loss,
     draw_strings,
     entropy,
@@ -26,6 +25,7 @@ from vlm_reward.lacot.posterior import (
     modes_found,
     posterior,
     read_ways,
+    string_balance_loss,
     string_logprobs,
     table_logprobs,
     table_of,
@@ -287,7 +287,9 @@ def test_the_filter_moves_the_sampler_away_from_the_posterior():
     found = []
     for tolerance in (math.inf, 1.5):
         kept = None if tolerance == math.inf else partial(keep, tolerance=tolerance)
-        q = trained(lambda t, s, _, k=kept: string_balance_loss(t, s, rewards, keep=k), toy.prior, 1, explore=0.25, steps=300)
+        q = trained(
+            lambda t, s, _, k=kept: string_balance_loss(t, s, rewards, keep=k), toy.prior, 1, explore=0.25, steps=300
+        )
         found.append(total_variation(q, exact).mean().item())
     assert found[0] < 0.02 and found[1] > 0.05
 
