@@ -209,7 +209,8 @@ def run_job(
     "Train one arm with one seed, evaluate it, and fill its run folder."
     settings, place = arm_settings(cfg, job.arm, job.seed), start_of(cfg, job.arm, stage)
     run = begin_or_resume(Run.open(folder / "arms", job.name, job.config, job.digest), settings)
-    before, start = sum(run.timings().get("seconds", [])), time.monotonic()
+    timings, start = run.timings(), time.monotonic()
+    before = float(timings["seconds"].sum()) if "seconds" in timings else 0.0  # of the steps that are done
     steps, text = settings.steps if settings else 0, instructions(cfg, job.arm)
     with torch_threads(cfg.threads), told_before():
         model, processor = load_policy(**place)

@@ -107,7 +107,7 @@ def step_to_resume(
     if run.finished or not isinstance(settings, RGFNSettings) or not settings.save_every:
         return None
     found = newest_checkpoint(run.checkpoints)
-    return found and int(found.rpartition("-")[2])
+    return int(found.rpartition("-")[2]) if found else None
 
 
 def rewind(
