@@ -446,6 +446,8 @@ def test_an_algorithm_can_be_named_for_a_reward(call, tiny):
     assert yaml.safe_load(said.partition("# to be run")[0])["arms"]["accuracy"]["algorithm"] == "rgfn"
     code, _, error = call("train", tiny, "--arm", "accuracy", "--algorithm", "rgfn", "--dry-run")
     assert code == 2 and "add reasoning" in error
+    code, _, error = call("train", tiny, "--arm", "sft", "--algorithm", "grpo", "--dry-run")
+    assert code == 2 and "arms.sft.reward: missing; grpo needs one" in error
     code, _, error = call("train", tiny, "--algorithm", "rgfm")
     assert code == 2 and "rgfm" in error
 

@@ -132,7 +132,10 @@ def train_study(
         if arm and getattr(args, field):
             given.append(f"arms.{arm}.{field}={getattr(args, field)}")
     cfg = read_study(args.config, given)
-    return cfg, arm or only_rewarded(cfg), cfg.seeds[0] if args.seed is None else args.seed
+    arm = arm or only_rewarded(cfg)
+    if args.algorithm == "grpo" and arm in cfg.arms and not cfg.arms[arm].trained:
+        raise ConfigError(f"arms.{arm}.reward: missing; grpo needs one, give it with --reward, such as accuracy")
+    return cfg, arm, cfg.seeds[0] if args.seed is None else args.seed
 
 
 def check_arm(
