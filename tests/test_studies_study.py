@@ -368,6 +368,23 @@ def test_a_study_is_worked_on_once_at_a_time(make, tmp_path):
         run_one(cfg, "sft", 0, tmp_path, progress=False)
 
 
+def test_a_run_alone_leaves_other_runs_where_they_are(make, tmp_path):
+    "`train --reward A`, then `train --reward B`: one folder, and the place of the first is still true."
+    first = run_one(make(("vowels",)), "vowels", 0, tmp_path, progress=False)
+    before = results(first.path)
+    second = run_one(make(("length",)), "length", 0, tmp_path, progress=False)
+    assert second.path.parent == first.path.parent and results(first.path) == before
+    assert not list((tmp_path / first.path.parents[1].name / "shelf").iterdir())
+    # a study puts away what it does not ask for, and a run alone brings back its own only
+    folder = do(make(("vowels",)), tmp_path)
+    assert [p.name for p in (folder / "shelf").iterdir()] == [second.path.name]
+    do(make(()), tmp_path)
+    stamp = (folder / "shelf" / first.path.name / "finished.json").stat().st_mtime_ns
+    run_one(make(("vowels",)), "vowels", 0, tmp_path, progress=False)
+    assert (first.path / "finished.json").stat().st_mtime_ns == stamp
+    assert [p.name for p in (folder / "shelf").iterdir()] == [second.path.name]
+
+
 def test_checkpoints_that_are_asked_for_later(make, tmp_path):
     folder = do(make(), tmp_path)
     before = {path.name: results(path) for path in (folder / "arms").iterdir()}

@@ -72,13 +72,15 @@ def open_study(
 def arrange(
     folder: Path,  # a study folder
     jobs: Sequence[Job],  # all that the study asks for
+    *,
+    put_away: bool = True,  # False: other runs stay where they are
 ) -> None:
     "Let `arms/` hold the runs of these jobs and no others."
     arms, shelf, wanted = folder / "arms", folder / "shelf", {job.folder for job in jobs}
     for place in (arms, shelf):
         place.mkdir(exist_ok=True)
     for path in list(arms.iterdir()):
-        if path.name not in wanted:
+        if put_away and path.name not in wanted:
             shutil.rmtree(shelf / path.name, ignore_errors=True)
             path.rename(shelf / path.name)
     for name in wanted:
@@ -229,7 +231,7 @@ def run_one(
     *,
     progress: bool = True,  # show how far it is
 ) -> Run:  # finished
-    """Do one job of a study, in the study's folder; a study that is started later finds it done.
+    """Do one job of a study, in the study's folder, and leave other runs alone; a study that is started later finds it done.
 
     - Raises: `ConfigError` for an arm that the study does not have, `StudyError` if the run failed.
     """
@@ -239,7 +241,7 @@ def run_one(
     stream, ground = sys.stderr if progress else io.StringIO(), load_ground(cfg)
     with locked(study_folder(cfg, root)):
         folder, jobs = open_study(cfg, root, ground)
-        arrange(folder, jobs)
         (job,) = [job for job in jobs if (job.arm, job.seed) == (arm, seed)]
+        arrange(folder, [job], put_away=False)
         do_jobs(cfg, [job], folder, ground, stream)
     return Run(folder / "arms" / job.folder)
