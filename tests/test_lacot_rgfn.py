@@ -442,6 +442,9 @@ REFUSED = {
     "trainer.warmup_step: TrainingArguments has no such field; did you mean warmup_steps": {
         "trainer": {"warmup_step": 1}
     },
+    "trainer.foo: TrainingArguments has no such field; transformers' documentation lists them$": {
+        "trainer": {"foo": 1}
+    },
     "rationales: want at least 1, got 0": {"rationales": 0},
     "explore: want at most 1, got 2": {"explore": 2.0},
     "gamma: want at most 1, got 1.5": {"gamma": 1.5},

@@ -18,7 +18,8 @@ from transformers import TrainingArguments
 
 from ..core.rows import Row
 from ..core.runs import Run
-from ..core.settings import did_you_mean, from_dict, setting, to_dict
+from ..core.settings import from_dict, setting, to_dict
+from ..core.terminal import nearest
 from .guide import Filter
 from .token_reward import Empty, anneal
 from .turns import Layout
@@ -68,7 +69,7 @@ class RGFNSettings:
     layout: Layout = setting("turn", "where rationales stand: a turn of their own, or a section of the answer's")
     role: str = setting("Analyzer", "in whose name they are written, in the layout turn")
     lora_rank: int = setting(0, "of new adapters; 0: those that are there, or all weights beside a frozen copy", low=0)
-    lora_alpha: int | None = setting(None, "their scale is alpha / rank; null: 2", low=1)
+    lora_alpha: int | None = setting(None, "their scale is alpha / rank; null: twice the rank, a scale of 2", low=1)
     freeze_vision: bool = setting(True, "leave the vision tower as it is")
     max_grad_norm: float = setting(1.0, "clip the gradient's norm here", low=0)
     weight_decay: float = setting(0.0, "of AdamW", low=0)
@@ -124,10 +125,10 @@ def check_request(
     if run is None and (s.save_every or resume):
         asked = f"save_every: {s.save_every}" if s.save_every else "resume: True"
         raise ValueError(f"{asked}, but there is no run folder for checkpoints: give `run`")
-    known = [f.name for f in fields(TrainingArguments)]
+    known, remedy = [f.name for f in fields(TrainingArguments)], "transformers' documentation lists them"
     for name in s.trainer:
         if name not in known:
-            raise ValueError(f"trainer.{name}: TrainingArguments has no such field; {did_you_mean(name, known)}")
+            raise ValueError(f"trainer.{name}: TrainingArguments has no such field; {nearest(name, known, remedy)}")
     refuse_sharding(sharding_asked(s.trainer))
 
 

@@ -210,7 +210,7 @@ def run_job(
     settings, place = arm_settings(cfg, job.arm, job.seed), start_of(cfg, job.arm, stage)
     run = begin_or_resume(Run.open(folder / "arms", job.name, job.config, job.digest), settings)
     timings, start = run.timings(), time.monotonic()
-    before = float(timings["seconds"].sum()) if "seconds" in timings else 0.0  # of the steps that are done
+    before = math.fsum(timings["seconds"].to_numpy()) if "seconds" in timings else 0.0  # of the steps that are done
     steps, text = settings.steps if settings else 0, instructions(cfg, job.arm)
     with torch_threads(cfg.threads), told_before():
         model, processor = load_policy(**place)
