@@ -22,6 +22,7 @@ from vlm_reward.lacot.pair import (
     check_trainable,
     frozen_copy,
     has_adapters,
+    load_answerer,
     read_reasoning,
     write_reasoning,
 )
@@ -254,6 +255,23 @@ def test_files_that_cannot_be_read(tmp_path):
     ):
         path.write_text(text)
         refusal(words, read_reasoning, tmp_path)
+
+
+def test_an_answerer_is_found_from_the_policys_folder_and_told_if_it_is_not(tmp_path):
+    base, processor = load_policy("pocket")
+    for part in (base, processor):
+        part.save_pretrained(tmp_path / "study" / "stage")
+    arm = tmp_path / "study" / "arm"
+    write_reasoning(arm, Reasoning(answerer="../stage"))
+    assert load_answerer(arm, base) is not base
+    moved_study = (tmp_path / "study").rename(tmp_path / "elsewhere")
+    loaded = load_answerer(str(moved_study / "arm"), base)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), base.parameters(), strict=True))
+    write_reasoning(moved_study / "arm", Reasoning(answerer="pocket"))
+    assert load_answerer(moved_study / "arm", base) is not base
+    for gone in ("../stagg", str(arm / "gone"), "owner/no-such-policy"):
+        write_reasoning(moved_study / "arm", Reasoning(answerer=gone))
+        refusal(f"arm/reasoning.json: answerer: '{gone}' cannot be loaded", load_answerer, moved_study / "arm", base)
 
 
 def test_a_saved_sampler_comes_back_with_its_answerer(tmp_path):

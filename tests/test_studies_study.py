@@ -514,7 +514,8 @@ def test_a_study_with_rationales_from_lessons_to_report(tmp_path, rewards):
     }
     assert moved == {"stage": False, "sft": False, "grpo": True, "rgfn": True}
     answerers = {name: read_reasoning(place).answerer for name, place in places.items()}
-    stage = str(places["stage"].resolve())
+    stage = f"../../../../stage/{places['stage'].parents[1].name}/checkpoints/final"  # goes with a study that is moved
+    assert (places["rgfn"] / stage).resolve() == places["stage"].resolve()
     assert answerers == {"stage": None, "sft": None, "grpo": stage, "rgfn": stage}
     text = report(folder).with_suffix(".md").read_text()
     assert all(heading in text for heading in ("## Selection", "## Rationales", "## Cost of training"))

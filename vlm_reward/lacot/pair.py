@@ -177,9 +177,16 @@ def load_answerer(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Any:  # pi; None: the sampler with its adapters off; the sampler itself where it was not trained apart
-    "Load who answers for a policy."
-    told = read_reasoning(policy).answerer
+    """Load who answers for a policy.
+
+    - Raises: `ValueError` with the file that names the answerer, if there is no such policy.
+    """
+    told, folder = read_reasoning(policy).answerer, Path(policy).expanduser()
     if told is None:
         return None if has_adapters(model) else model
-    beside = Path(policy) / told
-    return load_policy(str(beside) if beside.is_dir() else told, dtype=dtype, device=device)[0]
+    place = str(folder / told) if (folder / told).is_dir() else told
+    try:
+        return load_policy(place, dtype=dtype, device=device)[0]
+    except ValueError as error:
+        remedy = "say there where that policy is, as seen from the folder"
+        raise ValueError(f"{folder / REASONING}: answerer: {told!r} cannot be loaded; {remedy}: {error}") from error

@@ -8,6 +8,7 @@ __all__ = ['Pair', 'whole_pair', 'ending_late', 'train_paid', 'classify_rational
 
 # %% ../../nbs/studies/04_pairs.ipynb #699a971c
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -157,6 +158,8 @@ def keep_reasoning(
     if reasoning is None:
         return
     apart = pair is not None and pair.frozen is not None and pair.frozen is not pair.sampler
-    place = str(Path(start).resolve()) if start and Path(start).is_dir() else start
+    place = start
+    if start and Path(start).is_dir():  # so that a folder that holds both can be moved
+        place = Path(os.path.relpath(Path(start).resolve(), Path(folder).resolve())).as_posix()
     told = Reasoning(reasoning.layout, reasoning.role, place if apart else None, reasoning.min_tokens)
     write_reasoning(folder, told)
