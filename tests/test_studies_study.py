@@ -526,6 +526,42 @@ def test_a_study_with_rationales_from_lessons_to_report(tmp_path, rewards):
     assert Run(again).table("selection").equals(runs["rgfn"].table("selection"))
 
 
+WATCHING = """
+def watching(completion, image_attention):
+    return 0.0
+
+def at_will(completion, token_log_reward=None):
+    return 0.0
+"""
+
+
+def test_what_cannot_be_trained_is_refused_by_the_plan(tmp_path):
+    (tmp_path / "mine.py").write_text(WATCHING)
+    likely = {"algorithm": "rgfn", "reward": "accuracy"}
+    refused = {
+        "arms.grpo.grpo: prompts_per_step: 9 prompts need as many rows, got 8": {"grpo": {"prompts_per_step": 9}},
+        "arms.grpo.grpo: accumulate: 4 does not divide the 6": {"grpo": {**THINKS["grpo"], "accumulate": 4}},
+        "arms.grpo.grpo: trl.foo: GRPOConfig has no such": {"grpo": {**THINKS["grpo"], "trl": {"foo": 1}}},
+        "arms.rgfn.rgfn: questions_per_step: 9 questions need as many rows, got 8": {"rgfn": {"questions_per_step": 9}},
+        "arms.rgfn.rgfn: questions_per_step: 2 questions cannot": {"rgfn": {"questions_per_step": 2, "accumulate": 3}},
+        "arms.rgfn.rgfn: trainer.foo: TrainingArguments has no such field": {"rgfn": {"trainer": {"foo": 1}}},
+        "arms.a.rgfn: balance: a rubric pays whole": {"arms": {"a": likely | {"rgfn": {"balance": "subtb"}}}},
+        "arms.a.rgfn: the reward needs 'token_log_reward'.*leave the reward out.*grpo": {
+            "arms": {"a": {"algorithm": "rgfn", "reward": "lacot"}}
+        },
+        "arms.a.rgfn: the reward needs 'image_attention', which rgfn does not observe": {
+            "arms": {"a": {"algorithm": "rgfn", "reward": f"{tmp_path / 'mine.py'}:watching"}}
+        },
+    }
+    for message, change in refused.items():
+        with pytest.raises(ConfigError, match=message) as error:
+            plan(from_dict(StudyConfig, THINKS | change))
+        assert "\n" not in str(error.value)
+    fine = {"a": likely, "b": {"reward": "lacot"}, "c": likely | {"reward": f"{tmp_path / 'mine.py'}:at_will"}}
+    for change in ({}, {"rgfn": {**THINKS["rgfn"], "save_every": 1}}, {"arms": fine}):
+        assert plan(from_dict(StudyConfig, THINKS | change))
+
+
 def test_adapters_serve_both_ways_of_training(tmp_path):
     "No copy is kept beside a policy with adapters, and its folder names the checkpoint under them."
     from vlm_reward.lacot.pair import has_adapters, read_reasoning

@@ -6,8 +6,8 @@
 __all__ = ['FOLDER_NAME', 'NOT_GROUND', 'OF_REASONING', 'DataConfig', 'EvalConfig', 'ArmConfig', 'StudyConfig', 'check_names',
            'check_arms', 'in_float32', 'rounds_away', 'grpo_settings', 'rgfn_settings', 'arm_settings', 'arm_preset',
            'load_study', 'Ground', 'load_ground', 'Once', 'each_line_once', 'rows_of', 'training_rows', 'replay_rows',
-           'held_out_rows', 'instructions', 'instruct', 'Job', 'plan', 'make_job', 'told_stage', 'rows_to_choose',
-           'reward_fingerprint', 'study_folder']
+           'held_out_rows', 'instructions', 'instruct', 'check_training', 'check_observables', 'Job', 'plan',
+           'make_job', 'told_stage', 'rows_to_choose', 'reward_fingerprint', 'study_folder']
 
 # %% ../../nbs/studies/06_design.ipynb #c36b8fbe
 import logging
@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,13 +23,17 @@ from typing import Any, Literal, NamedTuple
 from ..core.config import ConfigError, digest, from_dict, load_config, setting, to_dict
 from ..core.rows import Row, with_instructions
 from ..data.hub import load_rows
+from ..lacot.answered import LIKELIHOODS
 from ..lacot.settings import RGFNSettings
+from ..lacot.settings import check_request as check_rgfn
+from ..policy.observables import OBSERVABLES
 from ..report.records import is_rewarded
 from ..rewards.presets import Preset, get_rubric
 from .evaluate import is_all_answer
 from .fingerprint import file_bytes, fingerprint, policy_fingerprint, rows_fingerprint
 from .reasoning import OWN, ReasoningConfig, SelectConfig, check_demonstrations, check_reasoning
 from ..train.grpo import GRPOSettings
+from ..train.grpo import check_request as check_grpo
 from ..train.sft import SFTSettings
 
 # %% ../../nbs/studies/06_design.ipynb #8910af79
@@ -328,6 +332,39 @@ def instruct(
     return [with_instructions(row, text) if text and not is_all_answer(row) else row for row in rows]
 
 # %% ../../nbs/studies/06_design.ipynb #c7b97d25
+def check_training(
+    cfg: StudyConfig,
+    ground: Ground,
+) -> None:
+    """Refuse arms that could not be trained on these rows.
+
+    - Raises: `ConfigError` with the arm.
+    """
+    for name, arm in cfg.arms.items():
+        settings = arm_settings(cfg, name, cfg.seeds[0])
+        try:
+            if isinstance(settings, GRPOSettings):
+                check_grpo(settings, ground.training, [(row, row["solution"]) for row in ground.replay])
+            elif settings is not None:
+                preset = arm_preset(arm)
+                rubric = None if preset is None else preset.rubric
+                check_rgfn(replace(settings, save_every=0), ground.training, rubric=rubric)  # a run has a folder
+                check_observables(rubric, ground.training)
+        except ValueError as error:
+            raise ConfigError(f"arms.{name}.{arm.algorithm}: {error}") from error
+
+
+def check_observables(
+    rubric: Any,  # of an arm that rgfn trains; None: it has no reward
+    rows: Sequence[Row],  # to train on
+) -> None:
+    "Refuse rewards that ask for what only GRPO observes."
+    for name in getattr(rubric, "columns", ()):
+        if name in {*OBSERVABLES, *LIKELIHOODS} and name not in rows[0]:
+            remedy = "leave the reward out, as rgfn pays the answerer's likelihood by itself, or set algorithm to grpo"
+            raise ConfigError(f"the reward needs {name!r}, which rgfn does not observe; {remedy}")
+
+# %% ../../nbs/studies/06_design.ipynb #f8ce8176
 @dataclass(frozen=True)
 class Job:
     "One run of a study: an arm with a seed."
@@ -360,6 +397,7 @@ def plan(
     ground = ground or load_ground(cfg)
     if cfg.reasoning is not None and cfg.sft is not None:
         check_demonstrations(cfg.reasoning, ground.training)
+    check_training(cfg, ground)
     common = {name: rows_fingerprint(getattr(ground, name)) for name in ("training", "replay", "held_out")}
     common["weights"] = ground.weights
     completions = len(ground.held_out) * (cfg.eval.samples + cfg.eval.greedy)
