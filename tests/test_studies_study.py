@@ -157,7 +157,7 @@ def merged(base, change):
 
 
 def job_of(ground, *changes):
-    cfg = {"name": "d", "seeds": [0], "arms": {"accuracy": {"reward": "accuracy"}}}
+    cfg = {"name": "d", "seeds": [0], "arms": {"accuracy": {"reward": "accuracy"}}, "grpo": {"prompts_per_step": 2}}
     for change in changes:
         cfg = merged(cfg, change)
     cfg = from_dict(StudyConfig, cfg)
