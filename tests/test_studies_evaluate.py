@@ -14,7 +14,6 @@ from vlm_reward.core.layouts import from_dataset, to_dataset
 from vlm_reward.core.rows import make_row
 from vlm_reward.data.behaviours import MIXTURE, demonstrate
 from vlm_reward.policy.sampling import Sample
-from vlm_reward.studies import evaluate as chapter
 from vlm_reward.studies.evaluate import accuracy, behaviour_shares, evaluate, judge, pass_at, summarise
 from vlm_reward.worlds.scenes import KINDS, scene_rows
 
@@ -108,7 +107,7 @@ def scripted(texts):
     return sample
 
 
-def test_the_table_pairs_every_completion_with_its_row(monkeypatch):
+def test_the_table_pairs_every_completion_with_its_row():
     rng = random.Random(1)
     rows = scene_rows("relation", 6, seed=36) + scene_rows("where", 4, seed=36)
     texts = {}
@@ -120,9 +119,8 @@ def test_the_table_pairs_every_completion_with_its_row(monkeypatch):
                 else rng.choice([row["solution"], "z 9"])
             )
         texts[(False, row["id"], 0)] = row["solution"]
-    monkeypatch.setattr(chapter, "sample", scripted(texts))
     done = []
-    table = evaluate(None, None, rows, samples=3, progress=done.append)
+    table = evaluate(None, None, rows, samples=3, progress=done.append, speak=scripted(texts))
     assert done == [30, 40]
     assert len(table) == 40 and not table.duplicated(["row_id", "mode", "sample"]).any()
     known = {row["id"]: row for row in rows}
