@@ -2,6 +2,8 @@
 
 import copy
 import signal
+import socket
+import time
 
 import pytest
 import torch
@@ -57,3 +59,26 @@ def tiny_rows():
         )
         for i in range(12)
     ]
+
+
+@pytest.fixture
+def in_two_processes():
+    "Run function(rank, port, *more) in two processes that find each other at a port; they have two minutes."
+
+    def run(function, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # new processes: a forked child of a process with threads can wait for a lock that nobody holds
+        both = torch.multiprocessing.start_processes(
+            function, (port, *more), nprocs=2, join=False, start_method="spawn"
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not both.join(timeout=1):
+                assert time.monotonic() < deadline, "the two processes wait for each other"
+        finally:
+            for process in both.processes:
+                process.kill()
+
+    return run

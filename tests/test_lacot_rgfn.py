@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -536,25 +534,12 @@ def half(rank, port, folder, packed):
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one text per forward"])
-def test_two_processes(tmp_path, monkeypatch, packed):
+def test_two_processes(in_two_processes, tmp_path, monkeypatch, packed):
     """They draw and score two questions each, and arrive where one process arrives that has all four.
 
     A model that cannot be packed reads one text per forward, and one process may have more texts than the other.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # new processes: a forked child of a process with threads can wait for a lock that nobody holds
-    both = torch.multiprocessing.start_processes(
-        half, (port, tmp_path, packed), nprocs=2, join=False, start_method="spawn"
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not both.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes wait for each other"
-    finally:
-        for process in both.processes:
-            process.kill()
+    in_two_processes(half, tmp_path, packed)
     monkeypatch.setattr(rgfn, "draw_step", told_texts)
     model, processor = toy()
     run = Run.open(tmp_path, "alone", {}, "0")

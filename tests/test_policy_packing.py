@@ -3,8 +3,6 @@
 import copy
 import math
 import os
-import socket
-import time
 from functools import cache
 from itertools import pairwise
 from types import MethodType
@@ -380,20 +378,9 @@ def share(rank, port, results):
     os._exit(0)  # gloo's threads now and then wait for each other when they are taken down
 
 
-def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes(in_two_processes, tmp_path):
     results = tmp_path / "gradients.pt"
-    # new processes: a forked child of a process with threads can wait for a lock that nobody holds
-    both = torch.multiprocessing.start_processes(share, (port, results), nprocs=2, join=False, start_method="spawn")
-    try:
-        deadline = time.monotonic() + 120
-        while not both.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes wait for each other"
-    finally:
-        for process in both.processes:
-            process.kill()
+    in_two_processes(share, results)
     model, _ = fresh("llava")
     logprobs, _ = group_logprobs(model, *batch("llava", ((1, 2), (1, 0)), ((5, 2), (3, 7))))
     shared = torch.load(results)
