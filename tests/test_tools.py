@@ -265,6 +265,8 @@ def test_every_chapter_keeps_its_habits(path):
         ("plot()", [new_output("display_data", {"image/png": "x"})], "fig-alt"),
         ("plot()", [new_output("execute_result", {"text/plain": "<Figure size 640x480 with 1 Axes>"})], "its name"),
         ("#| fig-cap: Two curves: one rises\nplot()", [], "quotes"),
+        ("print(names)", [new_output("stream", text="{'b', 'a'}\n")], "order"),
+        ("names", [new_output("execute_result", {"text/plain": "frozenset({'b', 'a'})"})], "order"),
     ],
 )
 def test_lapses_are_named(source, outputs, lapse):
@@ -278,6 +280,7 @@ def test_good_cells_have_no_lapse():
         new_code_cell("#| fig-alt: a line\nplot()", outputs=drawn),
         new_code_cell("#| hide\nplot()", outputs=drawn),
         new_code_cell('#| fig-alt: "Two curves: one rises"\nplot()', outputs=drawn),
+        new_code_cell("print(one, table)", outputs=[new_output("stream", text="{'a'} {'b': 'a', 'a': 'b'}\n")]),
     ]
     assert [lapse for cell in cells for lapse in habits.lapses(cell)] == []
 

@@ -9,6 +9,8 @@ import yaml
 from fresh import directives
 from nbformat import NotebookNode
 
+SET = re.compile(r"""\{(?:'[^'\n]*'|"[^"\n]*")(?:, (?:'[^'\n]*'|"[^"\n]*"))+\}""")  # of two texts or more
+
 
 def lapses(
     cell: NotebookNode,  # a code cell
@@ -28,6 +30,9 @@ def lapses(
     kinds = {mime for o in cell.get("outputs", []) for mime in o.get("data", {}) if "text/markdown" not in o["data"]}
     if "application/vnd.jupyter.widget-view+json" in kinds:
         yield "a widget: a page shows it as a dead picture; run the chapter again with `tools/nb.py run`"
+    printed = [o.get("text", "") for o in cell.get("outputs", []) if o.output_type == "stream"]
+    if any(SET.search(text) for text in texts + printed):
+        yield "a set is shown, its order changes from run to run: show sorted(...)"
     if "text/html" in kinds and "hide" not in names:
         yield "an HTML output: its page would ask other hosts for scripts; show Markdown(markdown_table(table))"
 
