@@ -291,7 +291,8 @@ def message(function, *args, **kw):
         ({"steps": 0}, ["steps", "0"]),
         ({"accumulate": 3}, ["accumulate", "3", "8"]),
         ({"replay": 0.5}, ["replay", "0.5"]),
-        ({"trl": {"num_iteration": 2}}, ["num_iteration", "num_iterations"]),
+        ({"trl": {"num_iteration": 2}}, ["num_iteration", "did you mean num_iterations"]),
+        ({"trl": {"zzz": 2}}, ["trl.zzz: GRPOConfig has no such field; TRL's documentation lists them"]),
     ],
     ids=str,
 )

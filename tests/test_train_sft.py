@@ -176,3 +176,5 @@ def test_further_fields_go_to_transformers_and_unknown_ones_are_refused(pocket):
     assert (told.per_device_train_batch_size, told.save_strategy) == (2, "no")
     with pytest.raises(ValueError, match=r"trainer\.bf61: TrainingArguments has no such field; did you mean bf16"):
         train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer={"bf61": True}))
+    with pytest.raises(ValueError, match=r"trainer\.zzz: .* field; transformers' documentation lists them$"):
+        train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer={"zzz": True}))

@@ -24,6 +24,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from ..core.rows import Row
 from ..core.runs import Run
 from ..core.settings import did_you_mean, setting
+from ..core.terminal import nearest
 from ..policy.families import bare_model, freeze_vision_tower, image_token_ids
 from ..policy.observables import OBSERVABLES, Observing
 from ..policy.sampling import encode_prompts, sampling_config
@@ -172,10 +173,10 @@ def check_request(
     if s.replay and not len(replay):
         raise ValueError(f"replay: weight {s.replay} but no examples; give `replay` a list of (row, completion)")
     how_to_observe(s.observing)
-    known = [f.name for f in fields(GRPOConfig)]
+    known, remedy = [f.name for f in fields(GRPOConfig)], "TRL's documentation lists them"
     for name in s.trl:
         if name not in known:
-            raise ValueError(f"trl.{name}: GRPOConfig has no such field; {did_you_mean(name, known)}")
+            raise ValueError(f"trl.{name}: GRPOConfig has no such field; {nearest(name, known, remedy)}")
 
 # %% ../../nbs/train/04_grpo.ipynb #8daa2ac6
 def trl_config(

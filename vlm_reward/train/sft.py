@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from ..core.rows import Row
 from ..core.runs import Run
-from ..core.settings import did_you_mean, setting
+from ..core.settings import setting
+from ..core.terminal import nearest
 from ..policy.families import freeze_vision_tower
 from ..policy.sampling import encode_prompts
 from .muon import Muon
@@ -186,10 +187,10 @@ def check_trainer(
     told: dict[str, Any],  # fields of TrainingArguments, by name
 ) -> None:
     "Raise `ValueError` for a field that does not exist."
-    known = [f.name for f in fields(TrainingArguments)]
+    known, remedy = [f.name for f in fields(TrainingArguments)], "transformers' documentation lists them"
     for name in told:
         if name not in known:
-            raise ValueError(f"trainer.{name}: TrainingArguments has no such field; {did_you_mean(name, known)}")
+            raise ValueError(f"trainer.{name}: TrainingArguments has no such field; {nearest(name, known, remedy)}")
 
 
 def make_optimizer(model: PreTrainedModel, settings: SFTSettings) -> torch.optim.Optimizer:
