@@ -82,6 +82,33 @@ def test_a_folder_says_who_answers_and_in_which_layout(asked_of, tmp_path):
     assert other.layout == "section"
 
 
+@pytest.mark.parametrize(
+    ("taught", "change", "line"),
+    [
+        (("turn", "Thinker"), {"layout": "section"}, "layout 'section' is asked for, {path} says 'turn': "),
+        (("section", "Analyzer"), {"layout": "turn"}, "layout 'turn' is asked for, {path} says 'section': "),
+        (("section", "Analyzer"), {"layout": "turn", "role": "Critic"}, "layout 'turn' is asked for, {path} says"),
+        (("turn", "Thinker"), {"role": "Critic"}, "role 'Critic' is asked for, {path} says 'Thinker': "),
+        (("turn", "Thinker"), {"layout": "turn", "role": "Critic"}, "role 'Critic' is asked for, {path} says 'Th"),
+        (("turn", "Thinker"), {"layout": "turn"}, None),
+        (("turn", "Thinker"), {"role": "Thinker"}, None),
+        (("section", "Analyzer"), {"role": "Critic"}, None),
+        (None, {"layout": "turn", "role": "Critic"}, None),
+    ],
+)
+def test_another_way_than_the_one_that_was_taught_is_told(asked_of, tmp_path, caplog, taught, change, line):
+    model, processor = load_policy("pocket")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    if taught:
+        write_reasoning(tmp_path, Reasoning(*taught))
+    _, _, _, turns = load_pair(replace(asked_of, policy=str(tmp_path), **change))
+    assert turns.layout == change.get("layout", taught[0] if taught else "section")
+    assert turns.role == change.get("role", taught[1] if taught else "Analyzer")
+    assert [said.count("\n") for said in caplog.messages] == ([0] if line else [])
+    assert all(said.startswith(line.format(path=tmp_path / "reasoning.json")) for said in caplog.messages)
+
+
 def test_adapters_think_and_what_is_under_them_answers(asked_of, tmp_path):
     model, processor = load_policy("pocket")
     torch.manual_seed(0)
