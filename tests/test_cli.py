@@ -568,6 +568,21 @@ def test_a_full_disk_leaves_nothing_that_counts_as_finished(call, tiny, tmp_path
     assert not (tmp_path / "c.csv").exists()
 
 
+def test_what_ctrl_c_says_of_going_on_is_what_happens(tmp_path):
+    from vlm_reward.core.runs import Run
+    from vlm_reward.lacot.settings import RGFNSettings
+    from vlm_reward.studies.pairs import step_to_resume
+    from vlm_reward.train.grpo import GRPOSettings
+
+    run = Run(tmp_path)
+    (run.checkpoints / "checkpoint-4").mkdir(parents=True)
+    (run.checkpoints / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    for settings, step in ((GRPOSettings(), None), (RGFNSettings(), None), (RGFNSettings(save_every=2), 4)):
+        assert step_to_resume(run, settings) == step
+    said = "one that was under way begins anew, or after its last checkpoint where rgfn.save_every wrote one"
+    assert {cli.COMMANDS[name].stopped.partition("; ")[2] for name in ("study", "train")} == {said}
+
+
 def test_ctrl_c_ends_in_one_line_and_leaves_a_run_that_is_not_finished(tmp_path, tiny):
     words = ["train", tiny, "--grpo.steps", "5000", "--root", tmp_path / "runs"]
     with open(tmp_path / "err", "w") as err:
@@ -589,6 +604,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_a_run_that_is_not_finished(tmp_path,
     assert said.splitlines()[-1].startswith("vlm-reward: stopped; finished runs are kept, the same command goes on"), (
         said
     )
+    assert said.splitlines()[-1] == f"vlm-reward: stopped; {cli.RESUME}"
     assert "Traceback" not in said and "Warning" not in said
     (run,) = tmp_path.glob("runs/*/arms/*")
     assert (run / "metrics.jsonl").exists() and not (run / "finished.json").exists()

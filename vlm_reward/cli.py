@@ -335,7 +335,10 @@ def do_path(args: argparse.Namespace) -> None:
     print(pocket_folder())
 
 # %% ../nbs/cli.ipynb #cbcd4b91
-RESUME = "finished runs are kept, the same command goes on where it stopped"
+RESUME = (
+    "finished runs are kept, the same command goes on with the others; one that was under way begins anew, "
+    "or after its last checkpoint where rgfn.save_every wrote one"
+)
 COMMANDS = {
     "study": Command(
         "Run a study: train and evaluate each arm with each seed, and write the report. Runs that are finished are not repeated.",
