@@ -261,6 +261,16 @@ def test_a_step_on_the_log_reward(pocket):
     assert log[0]["rewards/log reward/mean"] == pytest.approx(log[0]["reward"]) and log[0]["reward"] < 0
 
 
+def test_a_reward_that_scores_nothing_is_told_with_its_column(pocket):
+    model, processor = pocket
+    rubric = Rubric({"mute": lambda completion, boxes: None})
+    told = AnsweredRubric(rubric, frozen_copy(model), processor, turns_of(processor, "section"))
+    rows = [{**row, "boxes": None} for row in scene_rows("relation", 2, seed=3)]
+    stage = GRPOSettings(steps=3, prompts_per_step=2, group_size=8, warmup=0, max_new_tokens=4)
+    with pytest.warns(UserWarning, match="reward 'mute' could score none of .* its rows say nothing in 'boxes'"):
+        train_answered(model, processor, rows, told, stage)
+
+
 def test_padding_and_other_ends_do_not_belong_to_the_rationale(pocket):
     model, processor = pocket
     turns = turns_of(processor, "section")

@@ -358,6 +358,16 @@ def test_a_rubric_that_cannot_score_keeps_nothing_and_a_broken_one_stops():
         train_rgfn(model, processor, toy_rows(), settings, rubric=Broken)
 
 
+def test_a_rubric_that_cannot_score_is_told_once():
+    rubric = Rubric({"mute": lambda completion, boxes: None, "sound": lambda completion: float(len(completion) % 2)})
+    rows = [{**row, "boxes": None} for row in toy_rows()]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        train_rgfn(*toy(), rows, toy_settings(balance="group", steps=9), rubric=rubric)
+    (line,) = [str(one.message) for one in heard if "could score none" in str(one.message)]
+    assert line.startswith("reward 'mute' ") and "nothing in 'boxes'; vlm-reward validate" in line
+
+
 def test_a_step_may_be_split():
     "Two questions in one micro-batch, or one in each of two: the same drawn texts, metrics and weights."
     models, logs = [], []

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from vlm_reward.core.runs import Run
-from vlm_reward.train.grpo import GRPOSettings, checked, cpu_threads, grpo_step, train_grpo, trl_config
+from vlm_reward.rewards import rubric as named
+from vlm_reward.train.grpo import GRPOSettings, checked, cpu_threads, grpo_step, silence, train_grpo, trl_config
 from vlm_reward.train.trainer import RewardTrainer, quiet, step_seed
 
 SMALL = GRPOSettings(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3)
@@ -312,6 +314,43 @@ def test_reward_that_is_no_number(fresh_vlm, tiny_rows, points):
 
     text = message(train_grpo, *fresh_vlm, tiny_rows, Rubric(broken=(broken, 1.0)), SMALL)
     assert "broken" in text and str(points) in text and "tiny-" in text
+
+
+def told_of(**how):
+    "What `train` warns of rewards that score nothing."
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        train(**how)
+    return [str(warning.message) for warning in heard if "could score none" in str(warning.message)]
+
+
+def test_a_reward_that_scores_nothing_is_told_once(fresh_vlm, tiny_rows):
+    def mute(completions, **columns):
+        return [None] * len(completions)
+
+    def late(completions, trainer_state, **columns):
+        return [1.0 if trainer_state.global_step > 1 else None for _ in completions]
+
+    rows = [{**row, "solution": None} for row in tiny_rows]
+    settings = dataclasses.replace(SMALL, steps=9)
+    rubric = Rubric(mute=(mute, 1.0), measured=(mute, 0.0), vowels=(vowels, 1.0), late=(late, 1.0))
+    (line,) = told_of(vlm=fresh_vlm, rows=rows, settings=settings, rubric=rubric)
+    assert line.startswith("reward 'mute' could score none of the first 32 completions, and trains nothing: ")
+    assert "its judge" in line and "vlm-reward validate" in line and "\n" not in line
+    matching = named.Rubric({"matching": lambda completion, solution, boxes=None: None if solution is None else 1.0})
+    (line,) = told_of(vlm=fresh_vlm, rows=rows, settings=settings, rubric=matching)
+    assert "reward 'matching'" in line and "its rows say nothing in 'solution';" in line
+
+
+def test_columns_that_a_silent_reward_may_lack():
+    def points_of(**columns):
+        (function,) = named.Rubric({"r": lambda completion, objects, boxes=None, frame=None: None}).reward_funcs
+        return silence(function, {"completions": ["", ""], **columns}, 32)
+
+    assert "nothing in 'objects';" in points_of(objects=[None, None], boxes=[None, None])
+    assert "nothing in 'boxes' and 'frame';" in points_of(objects=[None, 1], boxes=[None, None])
+    assert "nothing in 'frame';" in points_of(boxes=[None, 1])  # objects come from elsewhere
+    assert "its judge" in points_of(objects=[1, 1], boxes=[1, None], frame=[1, 1])
 
 
 def test_rewards_that_are_left_alone():

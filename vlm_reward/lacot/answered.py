@@ -164,6 +164,7 @@ class AnsweredReward:
     def __init__(self, answered: AnsweredRubric, number: int, function: Callable[..., Any]):
         self.answered, self.number, self.function = answered, number, function
         self.__name__ = function.__name__  # TRL logs rewards/<__name__>/mean
+        self.part = getattr(function, "part", None)  # of the rubric: which columns it asks for
 
     def __call__(
         self,

@@ -52,7 +52,7 @@ from .turns import Turns, encode_questions, turns_of
 from ..policy.families import bare_model, freeze_vision_tower
 from ..policy.sampling import seeded
 from ..policy.scoring import install_scoring
-from ..train.grpo import checked, cpu_threads
+from ..train.grpo import cpu_threads, watched_rewards
 from ..train.trainer import Progress, Recorder, StepSeed, quiet, release
 
 # %% ../../nbs/lacot/12_rgfn.ipynb #01e34029
@@ -272,7 +272,6 @@ def rubric_reward(
     rubric: Any,  # with `.reward_funcs` and `.reward_weights`
     settings: RGFNSettings,
 ) -> RubricReward:
-    "A rubric as log reward, that stops at the first NaN."
-    watched = [checked(f) for f in rubric.reward_funcs]
-    seen = SimpleNamespace(reward_funcs=watched, reward_weights=rubric.reward_weights)
+    "A rubric as log reward, that stops at the first NaN, and warns of a reward that scores nothing."
+    seen = SimpleNamespace(reward_funcs=watched_rewards(rubric), reward_weights=rubric.reward_weights)
     return RubricReward(seen, settings.prior, settings.answer_tokens, settings.answer_temperature)
