@@ -23,7 +23,8 @@ from vlm_reward.lacot.turns import answer_ids, encode_questions
 from vlm_reward.policy.families import load_policy
 from vlm_reward.policy.sampling import sample
 from vlm_reward.rewards.presets import get_rubric
-from vlm_reward.studies.design import grpo_settings, load_study, rgfn_settings
+from vlm_reward.studies import pairs
+from vlm_reward.studies.design import StudyConfig, grpo_settings, load_study, rgfn_settings
 from vlm_reward.studies.evaluate import evaluate
 from vlm_reward.studies.pairs import train_pair
 from vlm_reward.studies.reasoning import (
@@ -258,6 +259,33 @@ def test_no_rationale_is_shorter_than_the_least_length(pocket, least):
     assert len(lengths) == 24 and (min(lengths) >= least) and (min(lengths) < 25 or least == 25)
     drawn = choose(*pocket, ROWS[:2], speak, SelectConfig(n=(2,), rules=("greedy", "majority")), seed=4)
     assert drawn["rationales"]["tokens"].min() >= least
+
+
+@pytest.mark.parametrize("said", [{}, {"answer_temperature": 0.7}])
+def test_both_ways_of_training_hear_answers_of_one_temperature(pocket, said, monkeypatch):
+    "Greedy by default: the same reward pays a rationale the same in GRPO and in RGFN."
+    arms = {"g": {"reward": "accuracy"}, "r": {"reward": "accuracy", "algorithm": "rgfn"}}
+    study = {"name": "heat", "reasoning": {"layout": "section", **said}, "arms": arms}
+    cfg, heard = from_dict(StudyConfig, study), []
+    monkeypatch.setattr(
+        pairs, "train_answered", lambda model, _, rows, rubric, *etc, **how: heard.append(rubric.writing)
+    )
+    asked = (cfg.reasoning, load_policy("pocket")[0], pocket[1], ROWS, get_rubric("accuracy"))
+    pairs.train_pair(*asked, grpo_settings(cfg, "g", 0), cfg.rgfn, {})
+    wanted = said.get("answer_temperature", 0.0)
+    assert heard[0]["temperature"] == wanted == rgfn_settings(cfg, "r", 0).answer_temperature
+    assert heard[0]["max_tokens"] == cfg.reasoning.answer_tokens == rgfn_settings(cfg, "r", 0).answer_tokens
+
+
+@pytest.mark.parametrize("place", ["study", "arm"])
+def test_the_temperature_of_answers_is_not_said_a_second_time(place):
+    own = {"answer_temperature": 0.7}
+    arm = {"algorithm": "rgfn", "rgfn": own if place == "arm" else {}}
+    study = {"name": "heat", "reasoning": {}, "arms": {"r": arm}, "rgfn": own if place == "study" else {}}
+    with pytest.raises(
+        ConfigError, match=r"rgfn.answer_temperature: 0.7 is not used; set reasoning.answer_temperature"
+    ):
+        from_dict(StudyConfig, study)
 
 
 @pytest.mark.parametrize("layout", ["section", "turn"])

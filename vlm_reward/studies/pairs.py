@@ -68,7 +68,8 @@ def train_paid(
     who = replace(adapters, freeze_vision=settings.freeze_vision, seed=settings.seed)
     sampler, frozen = make_pair(model, who)
     answerer = sampler if frozen is None else frozen
-    rubric = AnsweredRubric(preset.rubric, answerer, processor, turns, max_tokens=reasoning.answer_tokens)
+    writing = {"temperature": reasoning.answer_temperature, "max_tokens": reasoning.answer_tokens}
+    rubric = AnsweredRubric(preset.rubric, answerer, processor, turns, **writing)
     known = ending_late(settings, reasoning.min_tokens)
     return Pair(train_answered(sampler, processor, rows, rubric, known, **how), frozen)
 

@@ -37,6 +37,11 @@ class ReasoningConfig:
     min_tokens: int = setting(0, "rationales cannot end before, in training and in the evaluation", low=0)
     max_tokens: int = setting(48, "cut rationales off here, in training and in the evaluation", low=1)
     answer_tokens: int = setting(16, "cut answers off here, in training and in the evaluation", low=1)
+    answer_temperature: float = setting(
+        0.0,
+        "at which the frozen model writes answers in training; 0 is greedy: points depend on the rationale alone",
+        low=0,
+    )
     without: float = setting(0.1, "share of the supervised examples that answer without a rationale", low=0, high=0.9)
     demonstrations: Literal["gold", "mixture"] = setting(
         "gold", "the reference reasoning of the rows; or, for scenes, several ways of reasoning, some of them guesses"
@@ -62,6 +67,7 @@ OWN = {  # fields of `rgfn` that are said elsewhere -> where
     "min_tokens": "reasoning.min_tokens",
     "max_tokens": "reasoning.max_tokens",
     "answer_tokens": "reasoning.answer_tokens",
+    "answer_temperature": "reasoning.answer_temperature",
     "seed": "seeds",
 }
 
