@@ -361,7 +361,7 @@ def test_rationales_of_several_questions(lengths, seed, most, data):
     member = [data.draw(st.integers(0, 2)) for _ in texts]
     inputs = encode_questions(processor, rows)
     with torch.no_grad():
-        scores = sampler_scores(model, turns, inputs, texts, member=member, max_tokens=most)
+        scores = sampler_scores(model, turns, inputs, texts, member=member, row_tokens=most)
         for z, m, tokens, stops in zip(texts, member, *scores, strict=True):
             plain = plain_scores(model, turns, encode_questions(processor, [rows[m]]), z)
             torch.testing.assert_close((tokens, stops), plain, atol=1e-5, rtol=0)

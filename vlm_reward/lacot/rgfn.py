@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from ..core.rows import Row
 from ..core.runs import Run
-from .drawing import Rationale
+from .drawing import Rationale, never_drawn
 from .guide import RubricReward
 from .metrics import leak_warning, mean_metrics, step_metrics, told_of
 from .pair import add_lora, answering, check_trainable, frozen_copy, has_adapters
@@ -83,6 +83,7 @@ class RGFNTrainer(Trainer):
         refuse_sharding(sharding_found(self.accelerator.state))
         self.remove_callback(PrinterCallback)
         self.processor, self.turns, self.settings, self.reward = processor, turns, settings, reward
+        self.never = never_drawn(bare_model(model), processor, turns.stop)
         self.frozen, self.recorder = frozen if frozen is None else frozen.to(args.device), recorder or Recorder()
         self.asked = [questions[number] for number in order]
         self.coming: list[int] = []  # places of the questions of this step
@@ -110,7 +111,7 @@ class RGFNTrainer(Trainer):
             with self.clock("reward"), answering(self.model, self.frozen) as pi:
                 works = [self.work(pi, *one, pace.temperature) for one in asked]
             without_dropout(model)
-            found = balance_questions(model, self.turns, encoded, works, self.settings, pace.tolerance)
+            found = balance_questions(model, self.turns, encoded, works, self.settings, pace.tolerance, self.never)
         kept = [outcome._replace(loss=outcome.loss.detach()) for outcome in found]
         self.outcomes += [(question, outcome) for (question, _), outcome in zip(asked, kept, strict=True)]
         return torch.stack([outcome.loss for outcome in found]).mean()
@@ -244,7 +245,7 @@ def train_rgfn(
     """
     check_request(settings, rows, rubric=rubric, run=run, resume=resume)
     turns = turns_of(processor, settings.layout, settings.role)
-    questions = prepare_questions(processor, turns, rows, settings.max_tokens)
+    questions = prepare_questions(processor, turns, rows, settings.max_tokens, settings.min_tokens)
     model, frozen = make_pair(model, settings, frozen)
     check_precision(model, settings.lr)
     parts: dict[str, Any] = {

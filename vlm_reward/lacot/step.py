@@ -26,7 +26,7 @@ from .drawing import Rationale, draw_rationales
 from .guide import RubricReward, draw_temperatures, keep_rationales
 from .lessons import Lesson, lesson_pieces
 from .settings import RGFNSettings
-from .subtb import group_loss, sampler_scores, subtb_loss
+from .subtb import Bounds, group_loss, sampler_scores, subtb_loss
 from .token_reward import scored_tokens, token_rewards
 from .turns import Turns
 
@@ -37,25 +37,33 @@ class Question(NamedTuple):
     row: Row
     answer: list[int]  # Y with what closes it
     reference: list[int] | None  # ids of the reference rationale; None: there is none that can be used
-    too_long: bool  # there is one, but it has more tokens than a rationale may have
+    too_long: bool  # there is one, but no rationale may have as many tokens, or as few
 
 
 def prepare_question(
     processor: Any,
     turns: Turns,
-    row: Row,  # with `solution`, and `rationale` if there is a reference
+    row: Row,  # with `images`, `solution`, and `rationale` if there is a reference
     max_tokens: int,  # of a rationale
+    min_tokens: int = 0,  # of a rationale
 ) -> Question:
     """Encode what a row knows.
 
-    - Raises: `ValueError` with the row's id if there is no answer, or a text holds a special token or T.
+    - Raises: `ValueError` with the row's id if a column is lacking or no text, there is no answer, or a text holds a
+      special token or T.
     """
+    told = {name: row.get(name) or "" for name in ("rationale", "solution")}
     try:
-        pieces = lesson_pieces(processor, turns, Lesson(row, row.get("rationale") or None, row.get("solution") or ""))
+        for name, text in told.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{name} {text!r} is no text: write it as a text")
+        if "images" not in row:
+            raise ValueError("there is no column 'images': give a list, empty for a question without a picture")
+        pieces = lesson_pieces(processor, turns, Lesson(row, told["rationale"] or None, told["solution"]))
     except ValueError as error:
         raise ValueError(f"row {row.get('id')!r}: {error}") from error
-    answer, reference = list(pieces[-1][0]), list(pieces[1][0][:-1]) if row.get("rationale") else None
-    too_long = reference is not None and len(reference) > max_tokens
+    answer, reference = list(pieces[-1][0]), list(pieces[1][0][:-1]) if told["rationale"] else None
+    too_long = reference is not None and not min_tokens <= len(reference) <= max_tokens
     return Question(row, answer, None if too_long else reference, too_long)
 
 
@@ -64,16 +72,19 @@ def prepare_questions(
     turns: Turns,
     rows: Sequence[Row],
     max_tokens: int,  # of a rationale
+    min_tokens: int = 0,  # of a rationale
 ) -> list[Question]:
     """Encode all rows; warn, once, of references that are left out.
 
     - Raises: `ValueError` with the id of the first row that cannot be used.
     """
-    questions = [prepare_question(processor, turns, row, max_tokens) for row in rows]
+    questions = [prepare_question(processor, turns, row, max_tokens, min_tokens) for row in rows]
     left_out = [question.row.get("id") for question in questions if question.too_long]
     if left_out:
         told = f"{len(left_out)} of {len(questions)} reference rationales have more than {max_tokens} tokens"
-        warnings.warn(f"{told}, {left_out[0]!r} for one: they are left out; raise max_tokens to use them", stacklevel=3)
+        told += f" or fewer than {min_tokens}" if min_tokens else ""
+        change = "raise max_tokens or lower min_tokens" if min_tokens else "raise max_tokens"
+        warnings.warn(f"{told}, {left_out[0]!r} for one: they are left out; {change} to use them", stacklevel=3)
     return questions
 
 # %% ../../nbs/lacot/10_step.ipynb #348927c3
@@ -153,16 +164,19 @@ def pay_points(
 def balance_loss(
     states: Sequence[torch.Tensor],  # of each rationale: log rewards over tau
     logprobs: Sequence[torch.Tensor],  # of each: (n,) log q(z)
-    stops: Sequence[torch.Tensor],  # of each: (n + 1,) log q(T | z_1..t)
+    stops: Sequence[torch.Tensor],  # of each: (n + 1,) log q(T | z_1..t), -inf where it must not end
     settings: RGFNSettings,
 ) -> torch.Tensor:  # scalar, nats squared
     "The mean loss of the rationales of one question."
-    if settings.balance == "group":
+    between = torch.tensor(0.0)
+    if settings.balance == "group" or settings.min_tokens:
         log_q = torch.stack([z.sum() + stop[-1] for z, stop in zip(logprobs, stops, strict=True)])
-        return group_loss(torch.stack([state[-1] for state in states]).to(log_q), log_q)
+        between = group_loss(torch.stack([state[-1] for state in states]).to(log_q), log_q)
+    if settings.balance == "group":
+        return between
     rewards, chosen, ends = (pad_sequence(list(values), batch_first=True) for values in (states, logprobs, stops))
     mask = pad_sequence([torch.ones_like(z) for z in logprobs], batch_first=True)
-    return subtb_loss(rewards.to(ends), chosen, ends, mask, settings.gamma).mean()
+    return subtb_loss(rewards.to(ends), chosen, ends, mask, settings.gamma).mean() + between.to(ends)
 
 # %% ../../nbs/lacot/10_step.ipynb #73d1475d
 def without_dropout(
@@ -253,13 +267,14 @@ def outcome_of(
 ) -> Outcome:
     "The loss of a question, and what is told of it."
     states = [work.paid.states[i] for i in chosen]
-    loss = balance_loss(states, logprobs, stops, settings) if chosen else 0.0 * stops[0].sum()
+    loss = balance_loss(states, logprobs, stops, settings) if chosen else 0.0 * stops[0].nan_to_num().sum()
     log_q = {i: (z.sum() + end[-1]).item() for i, z, end in zip(chosen, logprobs, stops, strict=bool(chosen))}
     lines = [rationale_line(work.row, i, z, work.paid, kept[i], log_q.get(i)) for i, z in enumerate(work.drawn)]
     there = len(work.texts) > len(work.drawn)
     reference = work.paid.log_rewards[-1].item() if there else None
-    pairs = len(chosen) > 1 if settings.balance == "group" else any(len(work.texts[i]) for i in chosen)
-    return Outcome(loss, pairs, lines, reference, log_q.get(len(work.drawn)))
+    between = len(chosen) > 1 and (settings.balance == "group" or settings.min_tokens > 0)
+    within = settings.balance == "subtb" and any(len(work.texts[i]) > settings.min_tokens for i in chosen)
+    return Outcome(loss, within or between, lines, reference, log_q.get(len(work.drawn)))
 
 
 def balance_questions(
@@ -269,6 +284,7 @@ def balance_questions(
     works: Sequence[Work],  # of each
     settings: RGFNSettings,
     tolerance: float,  # delta
+    never: Sequence[int] = (),  # tokens that are never drawn
 ) -> list[Outcome]:  # of each
     "Filter the rationales of some questions, score them in one forward, and bring them into balance."
     choices = [choose(work, settings, tolerance) for work in works]
@@ -276,7 +292,8 @@ def balance_questions(
         distinct([work.texts[i] for i in chosen] or [[]]) for work, (chosen, _) in zip(works, choices, strict=True)
     ]
     member = [number for number, (once, _) in enumerate(texts) for _ in once]
-    scores = sampler_scores(model, turns, inputs, [z for once, _ in texts for z in once], member=member)
+    bounds = Bounds(settings.min_tokens, settings.max_tokens, tuple(never))
+    scores = sampler_scores(model, turns, inputs, [z for once, _ in texts for z in once], member=member, bounds=bounds)
     logprobs, stops = map(iter, scores)
     outcomes = []
     for work, (chosen, kept), (once, place) in zip(works, choices, texts, strict=True):
