@@ -21,7 +21,7 @@ from vlm_reward.report.findings import direction, findings, notes_of, points_int
 from vlm_reward.report.page import page_of, plain_line, render_html, report, summary_table
 from vlm_reward.report.paper import BEHAVIOUR_COLOURS, ink_on, pens
 from vlm_reward.report.records import read_study
-from vlm_reward.report.selection import selection_tables, selection_texts
+from vlm_reward.report.selection import MEASURES, selection_tables, selection_texts
 from vlm_reward.report.specimen import scene_config, write_puzzles, write_specimen
 from vlm_reward.report.tables import all_tables, estimate
 from vlm_reward.worlds.scenes import scene_rows
@@ -472,7 +472,30 @@ def test_choices_without_greedy_answer_baseline_or_clock(tmp_path):
     texts = selection_texts(selection_tables(read_study(folder)))
     assert len(texts["selection"]) == 1 and texts["selection gains"].empty and texts["selection training"].empty
     assert set(texts["rationales"].query("measure == 'new'")["accuracy"]) == {"0.50 (0.50 to 0.50)"}
-    assert "" in set(texts["rationales"]["accuracy"])
+    assert not texts["rationales"]["measure"].str.contains("correlation").any()  # no question has it
+
+
+def test_the_leak_stands_beside_its_control_and_older_runs_can_be_read(tmp_path):
+    "Runs of an earlier version have one share, of the answer that followed; what a run lacks is an empty cell."
+    folder = write_choices(small_study(tmp_path, steps=2))
+    titles = [MEASURES[name].title for name in ("states gold early", "states wrong early", "gold over wrong")]
+    new = selection_texts(selection_tables(read_study(folder)))["rationales"].set_index("measure")
+    assert list(new.index[list(new.index).index(titles[0]) :])[:3] == titles and (new.loc[titles] != "").all().all()
+    assert MEASURES["states early"].title not in new.index
+    arms = list(read_study(folder).arms)
+    for keep in (arms[:1], []):
+        for run in find_runs(folder / "arms"):
+            table = run.table("rationales")
+            if run.config["arm"] not in keep and "states gold early" in table:
+                old = table.drop(columns=["states gold early", "states wrong early", "gold over wrong"])
+                run.save_table("rationales", old.assign(**{"states early": 0.25}))
+        check_page(report(folder))
+        text = selection_texts(selection_tables(read_study(folder)))["rationales"].set_index("measure")
+        assert text.loc[MEASURES["states early"].title, arms[-1]] == "0.25 (0.25 to 0.25)"
+        if keep:
+            assert (text.loc[titles, arms[0]] != "").all() and (text.loc[titles, arms[-1]] == "").all()
+        else:
+            assert not set(titles) & set(text.index)
 
 
 def test_an_arm_without_reward_that_is_trained_is_no_baseline(tmp_path):

@@ -16,7 +16,8 @@ from PIL import Image
 from vlm_reward.core.config import ConfigError, from_dict
 from vlm_reward.core.response import parse_response
 from vlm_reward.data.behaviours import classify
-from vlm_reward.lacot.bin import RULES, candidates_of, pair_scores
+from vlm_reward.lacot.bin import RULES, Candidates, candidates_of, pair_scores
+from vlm_reward.lacot.drawing import Answer, Rationale
 from vlm_reward.lacot.pair import add_lora
 from vlm_reward.lacot.settings import RGFNSettings
 from vlm_reward.lacot.turns import answer_ids, encode_questions
@@ -37,7 +38,15 @@ from vlm_reward.studies.reasoning import (
     speaker,
 )
 from vlm_reward.studies.rehearsal import rehearsal
-from vlm_reward.studies.selection import choose, equal_answers, seconds_table, tokens_scored
+from vlm_reward.studies.selection import (
+    choose,
+    early_share,
+    equal_answers,
+    gold_and_wrong,
+    rationale_line,
+    seconds_table,
+    tokens_scored,
+)
 from vlm_reward.train.grpo import GRPOSettings
 from vlm_reward.worlds.scenes import scene_rows
 
@@ -147,9 +156,46 @@ def test_what_rationales_are_like_is_counted_among_the_drawings(tables, draws):
         assert line["distinct texts"] == pytest.approx(len(set(texts)) / 5)
         said = [answer.text.lower() in z.text.lower().replace(",", " ").split() for z, answer in own]
         assert line["states answer"] == pytest.approx(np.mean(said))
-        assert line["states early"] <= line["states answer"]
+        halves = [z.text.lower().replace(",", " ").split() for z, _ in own]
+        halves = [words[: -(-len(words) // 2)] for words in halves]
+        (wrong,) = set(row["choices"]) - {row["solution"]}
+        assert line["states gold early"] == pytest.approx(np.mean([row["solution"] in words for words in halves]))
+        assert line["states wrong early"] == pytest.approx(np.mean([wrong in words for words in halves]))
+        assert line["gold over wrong"] == pytest.approx(line["states gold early"] - line["states wrong early"])
         assert np.isnan(line["correlation"]) or -1.001 <= line["correlation"] <= 1.001
     assert tables["rationales"]["swap gap"].notna().all()
+
+
+SPOKEN = {  # rationale -> share that states the gold early, and the same for a wrong choice
+    "left or right? the car is at x=7, the cup at x=2": (1, 1),
+    "left, as the car is at x=7 and the cup at x=2": (1, 0),
+    "right, as the car is at x=7 and the cup at x=2": (0, 1),
+    "the car is at x=2, the cup at x=7, so left": (0, 0),
+}
+
+
+@pytest.mark.parametrize("text", SPOKEN)
+@pytest.mark.parametrize("said", ["left", "right", ""])
+@pytest.mark.parametrize("gold", ["left", "(A)"])
+def test_leaks_are_told_of_the_gold_beside_a_wrong_choice_whatever_answer_followed(text, said, gold):
+    "A rationale that repeats the question names the gold early, and tells no more than one that does not."
+    row = {**ROWS[0], "choices": ["left", "right"], "answer_type": "choice", "solution": gold}
+    one, none = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    spoken = ([Rationale([5], True, text)], [Answer(said, [5], True)], [said])
+    found = rationale_line(row, Candidates(*spoken, none, -one, one, none, -one[None], one))
+    early, control = SPOKEN[text]
+    assert (found["states gold early"], found["states wrong early"]) == (early, control)
+    assert found["gold over wrong"] == early - control
+    assert found["states answer"] == (said != "" and said in text)
+
+
+def test_there_is_no_control_without_choices_and_no_leak_without_a_gold():
+    assert gold_and_wrong({"solution": "7", "choices": None}) == (["7"], [])
+    assert gold_and_wrong({"solution": None, "choices": ["left", "right"]}) == ([], [])
+    assert early_share(["7 it is"], ["7"]) == 1 and np.isnan(early_share(["7 it is"], []))
+    four = {"solution": "red", "choices": ["A: red", "B: blue", "C: green", "D: dark red"], "answer_type": "choice"}
+    assert gold_and_wrong(four) == (["red"], ["blue", "green", "dark red"])
+    assert early_share(["blue, I think, as it is cold"], gold_and_wrong(four)[1]) == pytest.approx(1 / 3)
 
 
 def test_equal_seeds_give_equal_tables_and_others_do_not(tables, pocket, speak):

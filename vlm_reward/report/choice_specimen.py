@@ -55,7 +55,9 @@ RATIONALES = {  # measure -> its mean and its spread between questions
     "edit distance": (0.4, 0.1),
     "distinct texts": (0.6, 0.1),
     "states answer": (0.1, 0.1),
-    "states early": (0.02, 0.02),
+    "states gold early": (0.05, 0.02),
+    "states wrong early": (0.02, 0.02),
+    "gold over wrong": (0.03, 0.02),
     "swap gap": (0.5, 0.4),
     "correlation": (0.3, 0.3),
 }

@@ -121,7 +121,10 @@ MEASURES = {
     "edit distance": Measure("edit distance between two of a question (0: equal, 1: nothing shared)"),
     "distinct texts": Measure("distinct texts among those of a question"),
     "states answer": Measure("share that states the answer that follows"),
-    "states early": Measure("share that states it in the first half"),
+    "states early": Measure("share that states it in the first half"),  # in runs of earlier versions
+    "states gold early": Measure("share that states the gold answer in the first half"),
+    "states wrong early": Measure("share that states a wrong choice there, the control"),
+    "gold over wrong": Measure("difference of the two, which alone tells of an answer before its reason", 2, True),
     "swap gap": Measure("nats that the gold answer loses with the rationale of another question", 2, True),
     "correlation": Measure("correlation of log reward and a right answer, within a question", 2, True),
 }
@@ -209,7 +212,8 @@ def selection_texts(
     gains = choices[choices["against greedy"].notna()] if "against greedy" in choices else empty
     trained = choices[choices["against baseline"].notna()] if "against baseline" in choices else empty
     measures, cost = tables.get("rationales", empty), tables.get("cost", empty)
-    told = side_by_side(measures, ["measure"], measure_cell)
+    known = measures[measures["mean"].notna()] if len(measures) else measures  # what no question has is not shown
+    told = side_by_side(known, ["measure"], measure_cell)
     told_minutes = [
         {"arm": x["arm"], **{name: minutes_cell(x[name]) for name in MINUTES}, "runs": str(x["runs"])}
         for x in cost.to_dict("records")

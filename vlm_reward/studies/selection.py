@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['equal_answers', 'tokens_written', 'tokens_scored', 'mark', 'choice_lines', 'greedy_line', 'reward_correlation',
-           'rationale_line', 'seconds_table', 'in_parts', 'key_of', 'drawn_candidates', 'greedy_lines', 'gold_gaps',
-           'rationale_table', 'choose']
+           'gold_and_wrong', 'early_share', 'rationale_line', 'seconds_table', 'in_parts', 'key_of', 'drawn_candidates',
+           'greedy_lines', 'gold_gaps', 'rationale_table', 'choose']
 
 # %% ../../nbs/studies/05_selection.ipynb #ad19044f
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from ..lacot.drawing import Answer, Rationale
 from ..lacot.honesty import answer_logprobs, bare_words, leak_place, swap_gaps, within_correlation
 from ..lacot.step import Clock
 from ..rewards.accuracy import score_answer
-from ..rewards.answers import fold
+from ..rewards.answers import fold, option_texts
 from .reasoning import SelectConfig, TwoTurns
 
 # %% ../../nbs/studies/05_selection.ipynb #cbcdb15a
@@ -111,18 +111,42 @@ def reward_correlation(
     return float("nan") if found is None else found.estimate
 
 
+def gold_and_wrong(
+    row: Row,
+) -> tuple[list[str], list[str]]:  # none without a gold; no wrong ones without choices
+    "The gold answer, in the words of its choice where there are choices, and the choices that are wrong."
+    if not row.get("solution"):
+        return [], []
+    choices = option_texts(row.get("choices") or ())
+    right = [choice for choice in choices if mark(row, choice)]
+    return right or [row["solution"]], [choice for choice in choices if choice not in right]
+
+
+def early_share(
+    rationales: Sequence[str],
+    answers: Sequence[str],
+) -> float:  # in [0, 1]; NaN without an answer that has words
+    "How often an answer stands in the first half of a rationale, mean over rationales and answers."
+    places = [leak_place(z, y) for y in answers if bare_words(y) for z in rationales]
+    return float(np.mean([place is not None and place < 0.5 for place in places])) if places else float("nan")
+
+
 def rationale_line(
-    candidates: Candidates,
+    row: Row,
+    candidates: Candidates,  # of this row
 ) -> dict[str, float | None]:
     "Length, diversity and leaks of the rationales of a question."
     texts, told = [z.text for z in candidates.rationales], [answer.text for answer in candidates.written]
-    places = [leak_place(z, y) if bare_words(y) else None for z, y in zip(texts, told, strict=True)]
+    stated = [bool(bare_words(y)) and leak_place(z, y) is not None for z, y in zip(texts, told, strict=True)]
+    gold, wrong = (early_share(texts, answers) for answers in gold_and_wrong(row))
     return {
         "tokens": float(np.mean([len(z.token_ids) for z in candidates.rationales])),
         "cut off": float(np.mean([not z.finished for z in candidates.rationales])),
         **{name: measure(texts) for name, measure in MEASURES.items()},
-        "states answer": float(np.mean([place is not None for place in places])),
-        "states early": float(np.mean([place is not None and place < 0.5 for place in places])),
+        "states answer": float(np.mean(stated)),
+        "states gold early": gold,
+        "states wrong early": wrong,
+        "gold over wrong": gold - wrong,
     }
 
 # %% ../../nbs/studies/05_selection.ipynb #34cd3a33
@@ -202,7 +226,7 @@ def rationale_table(
     lines = []
     for row, own, gap in zip(rows, found, gaps, strict=True):
         knows = reward_correlation(answerer, processor, speak, row, own)
-        lines.append(key_of(row) | rationale_line(own) | {"swap gap": gap, "correlation": knows})
+        lines.append(key_of(row) | rationale_line(row, own) | {"swap gap": gap, "correlation": knows})
     return pd.DataFrame(lines)
 
 
