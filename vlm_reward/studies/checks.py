@@ -96,6 +96,16 @@ class Start:
             return [read_prompt(self.model, self.processor, row) for row in self.share]
 
     @property
+    def room(self) -> int:
+        "Tokens that a prompt has to leave room for."
+        return self.settings.max_new_tokens
+
+    @property
+    def observed(self) -> list[str]:
+        "The columns that the run itself has to fill."
+        return asked_observables(get_rubric(self.reward).rubric, self.share[0])
+
+    @property
     def seen(self) -> str:
         "How many rows were looked at, in words."
         n = len(self.share)
@@ -159,7 +169,7 @@ def check_room(
     start: Start,
 ) -> Finding:
     "Do prompts leave room for completions?"
-    new = start.settings.max_new_tokens
+    new = start.room
     long = [(p.id, said) for p in start.prompts if (said := room_problem(start.model, p.length, new))]
     length = max(p.length for p in start.prompts)
     numbers = {"longest": length, "new": new, "too_long": len(long)}
@@ -220,7 +230,7 @@ def check_gold(
 ) -> Finding:
     "Does the reward pay the gold?"
     rows = start.share
-    if observed := asked_observables(get_rubric(start.reward).rubric, rows[0]):
+    if observed := start.observed:
         why = f"reward {start.reward!r} needs {', '.join(observed)}, which only the run's own passes compute"
         return Finding("gold", "warn", f"{why}: check its other parts with vlm-reward validate")
     table = gold_table(start.reward, rows)

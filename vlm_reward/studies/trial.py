@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from ..core.stats import wilson
 from ..rewards.presets import get_rubric
 from .checks import Finding, Start, told
 from ..train.grpo import train_grpo
+from ..train.trainer import Progress
 
 # %% ../../nbs/studies/17_trial.ipynb #c930d662
 @dataclass(frozen=True)
@@ -55,12 +56,48 @@ class Trial(Start):
     - steps: that are made with usual rows
     - notes: findings that were made before
     - stands_in: a supervised stage comes first, so that the policy is not the one with which the run begins
+    - places: field of GRPO -> where this study sets it, where that is not under `grpo`
+    - written, paid: what the policy writes, and what the metric `reward` is, in words
     """
 
     steps: int = 3
     notes: Sequence[Finding] = ()
     stands_in: bool = False
     made: dict[str, Steps | Exception] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    written: str = "completions"
+    paid: str = "reward"
+
+    @property
+    def longest(self) -> int:
+        "Tokens after which what the policy writes is cut off."
+        return self.settings.max_new_tokens
+
+    def __post_init__(self) -> None:
+        "A step needs its rows."
+        self.most = max(self.most, self.settings.prompts_per_step)
+
+    @property
+    def excuse(self) -> str:
+        "Why it is no reason to stop that all groups are dead; empty: it is one."
+        return "look again when the supervised stage is done" if self.stands_in else ""
+
+    def place(self, name: str) -> str:
+        "Where the study sets a field."
+        return self.places.get(name, f"grpo.{name}")
+
+    def still(self, steps: int, least: int) -> Any:
+        "The settings of the run, at a learning rate of 0."
+        settings, extra = self.settings, {}
+        if least:
+            word = "min_tokens" if settings.trl.get("use_vllm") else "min_new_tokens"
+            extra = {"generation_kwargs": {**(settings.trl.get("generation_kwargs") or {}), word: least}}
+        return replace(settings, steps=steps * settings.updates, lr=0.0, trl=settings.trl | STILL | extra)
+
+    def train(self, rows: Sequence[Row], settings: Any, note: Progress) -> None:
+        "Make steps as the run makes them."
+        rubric = get_rubric(self.reward).rubric
+        train_grpo(self.model, self.processor, rows, rubric, settings, replay=self.replay, progress=note)
 
     def try_steps(self, kind: Literal["largest", "usual"]) -> Steps:
         "Make steps once; what stops them is raised once, and only too little memory leaves others to be tried."
@@ -97,11 +134,6 @@ def make_steps(
     least: int = 0,  # tokens before a completion may end
 ) -> Steps:
     "Train at a learning rate of 0, and take the time."
-    settings, extra = trial.settings, {}
-    if least:
-        word = "min_tokens" if settings.trl.get("use_vllm") else "min_new_tokens"
-        extra = {"generation_kwargs": {**(settings.trl.get("generation_kwargs") or {}), word: least}}
-    still = replace(settings, steps=steps * settings.updates, lr=0.0, trl=settings.trl | STILL | extra)
     times, metrics = [], []
 
     def note(step: int, found: Mapping[str, float]) -> None:
@@ -109,9 +141,8 @@ def make_steps(
         metrics.append(dict(found))
 
     with peak_memory(trial.model.device) as memory:
-        rubric = get_rubric(trial.reward).rubric
-        train_grpo(trial.model, trial.processor, rows, rubric, still, replay=trial.replay, progress=note)
-    first = settings.updates - 1  # the last update on the first sampling
+        trial.train(rows, trial.still(steps, least), note)
+    first = trial.settings.updates - 1  # the last update on the first sampling
     seconds = (times[-1] - times[first]) / (len(times) - 1 - first)
     return Steps(seconds, metrics, memory["peak"], memory["memory"])
 
@@ -168,7 +199,7 @@ def largest_batch(
     "The largest batch, in words."
     s, length = trial.settings, max(p.length for p in trial.prompts)
     prompts = f"{s.prompts_per_step} prompts of up to {length} tokens (the longest of {trial.seen})"
-    return f"the largest batch, {prompts} and {s.prompts_per_step * s.group_size} completions of {s.max_new_tokens},"
+    return f"the largest batch, {prompts} and {s.prompts_per_step * s.group_size} {trial.written} of {trial.longest},"
 
 
 def check_memory(
@@ -176,7 +207,8 @@ def check_memory(
 ) -> Finding:
     "Does the largest batch fit?"
     what = largest_batch(trial)
-    remedy = "raise grpo.accumulate, or lower grpo.prompts_per_step or grpo.max_new_tokens"
+    names = [trial.place(name) for name in ("accumulate", "prompts_per_step", "max_new_tokens")]
+    remedy = f"raise {names[0]}, or lower {names[1]} or {names[2]}"
     try:
         steps = trial.try_steps("largest")
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -218,14 +250,16 @@ def check_groups(
         )
     low, high = wilson(round(share * groups), groups)[1:]
     why = f"{share:.0%} of {groups} groups earn the same for all completions (95% interval {low:.0%} to {high:.0%}), "
-    why += f"reward {numbers['reward']:.3g} on average"
+    why += f"{trial.paid} {numbers['reward']:.3g} on average"
     if share == 1 and (all_alike(steps) or groups >= ENOUGH):
-        if trial.stands_in:
-            return Finding("groups", "warn", f"{why}; look again when the supervised stage is done", numbers)
+        if trial.excuse:
+            return Finding("groups", "warn", f"{why}; {trial.excuse}", numbers)
         remedy = "take easier rows, a reward with partial credit, or a policy that sometimes succeeds"
         return Finding("groups", "fail", f"{why}: nothing can be learnt; {remedy}", numbers)
     if share > 0.5:
-        return Finding("groups", "warn", f"{why}; take rows of middle difficulty, or raise grpo.group_size", numbers)
+        return Finding(
+            "groups", "warn", f"{why}; take rows of middle difficulty, or raise {trial.place('group_size')}", numbers
+        )
     return Finding("groups", "pass", why, numbers)
 
 
@@ -233,14 +267,15 @@ def check_length(
     trial: Trial,
 ) -> Finding:
     "Do completions end by themselves?"
-    steps, most = trial.try_steps("usual"), trial.settings.max_new_tokens
+    steps, most = trial.try_steps("usual"), trial.longest
     cut, length = steps.mean("completions/clipped_ratio"), steps.mean("completions/mean_length")
     why, numbers = (
-        f"{cut:.0%} of completions are cut off at {most} tokens, {length:.0f} on average",
+        f"{cut:.0%} of {trial.written} are cut off at {most} tokens, {length:.0f} on average",
         {"cut": cut, "length": length},
     )
     if cut > 0.5:
-        return Finding("length", "warn", f"{why}; raise grpo.max_new_tokens, or ask for short answers", numbers)
+        remedy = f"raise {trial.place('max_new_tokens')}, or ask for short answers"
+        return Finding("length", "warn", f"{why}; {remedy}", numbers)
     return Finding("length", "pass", why, numbers)
 
 
