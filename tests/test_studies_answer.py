@@ -45,6 +45,18 @@ def test_the_choice_is_that_of_the_rule_on_the_same_draws(asked_of):
         assert found.answers["score"].is_monotonic_decreasing
 
 
+@pytest.mark.parametrize("rule", ["bin", "majority", "greedy"])
+def test_a_program_gets_each_answer_after_each_rationale(asked_of, rule):
+    "One line for each answer in the order of their scores, one number for each draw in the order of the drawings."
+    cfg = replace(asked_of, select=rule, seed=2)
+    candidates, record = draw(cfg, question_row(cfg)), record_of(ask(cfg), cfg)
+    matrix = dict(zip(candidates.answers, candidates.answer_logprobs.tolist(), strict=True))
+    assert record["answer_logprobs"] == [matrix[line["answer"]] for line in record["answers"]]
+    assert len(record["answer_logprobs"][0]) == len(record["draws"])
+    assert rule == "greedy" or len(matrix) > 1
+    json.dumps(record, allow_nan=False)
+
+
 def test_one_draw_is_plain_decoding_whatever_the_rule(asked_of, row):
     model, processor = load_policy("pocket")
     limits = {"max_tokens": 40, "answer_tokens": 32, "seed": 0}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlm_reward.core.config import ConfigError, from_dict
 from vlm_reward.core.response import parse_response
+from vlm_reward.core.runs import Run
 from vlm_reward.data.behaviours import classify
 from vlm_reward.lacot.bin import RULES, Candidates, candidates_of, pair_scores
 from vlm_reward.lacot.drawing import Answer, Rationale
@@ -124,6 +125,34 @@ def test_the_marginal_is_the_answer_with_the_largest_mean_probability(tables, dr
         assert equal_answers(row, line["answer"], best)
 
 
+def test_every_choice_among_all_draws_can_be_made_again_from_the_stored_matrix(tables, draws, tmp_path):
+    "From the file, by the formulas, in numpy."
+    run = Run.open(tmp_path, "kept", {}, "matrix")
+    run.save_table("candidates", tables["candidates"])
+    stored = {line["row_id"]: line for line in run.table("candidates").to_dict("records")}
+    assert list(stored) == [row["id"] for row in ROWS]
+    for row, own in zip(ROWS, draws, strict=True):
+        kept = stored[row["id"]]
+        assert list(kept["rationales"]) == [z.text for z, _ in own]
+        said = [kept["answers"][k] for k in kept["own"]]
+        assert all(equal_answers(row, a, answer.text) for a, (_, answer) in zip(said, own, strict=True))
+        matrix, z = np.stack(kept["answer_logprobs"]), np.array(kept["rationale_logprobs"])
+        assert matrix.shape == (len(kept["answers"]), 5) and (matrix <= 1e-5).all()
+        joint = (matrix + z) / (kept["rationale_tokens"] + kept["answer_tokens"][:, None])
+        alone = kept["own_logprobs"] / kept["own_tokens"]
+        scores = {
+            "best-of-n": [max(alone[kept["own"] == k]) for k in range(len(matrix))],
+            "majority": np.bincount(kept["own"], minlength=len(matrix)),
+            "bin-code": joint.mean(1),
+            "bin-paper": np.exp(joint).mean(1),
+            "bin-marginal": np.exp(matrix).mean(1),
+        }
+        assert set(scores) == set(RULES)
+        for rule, values in scores.items():
+            (line,) = of(tables["selection"], row_id=row["id"], rule=rule, n=5)
+            assert line["answer"] == kept["answers"][int(np.argmax(values))]
+
+
 def test_tokens_are_those_of_the_drawings(tables, draws):
     for row, own in zip(ROWS, draws, strict=True):
         for n in ASKED.n:
@@ -201,10 +230,13 @@ def test_there_is_no_control_without_choices_and_no_leak_without_a_gold():
 def test_equal_seeds_give_equal_tables_and_others_do_not(tables, pocket, speak):
     torch.manual_seed(123)
     again, other = (choose(*pocket, ROWS, speak, ASKED, seed=seed) for seed in (4, 5))
-    for name in ("selection", "rationales"):
+    for name in ("selection", "rationales", "candidates"):
         assert again[name].equals(tables[name])
     assert not other["selection"].equals(tables["selection"])
-    assert list(tables) == ["selection", "selection_seconds", "rationales"] and "seconds" not in tables["selection"]
+    assert (
+        list(tables) == ["selection", "selection_seconds", "rationales", "candidates"]
+        and "seconds" not in tables["selection"]
+    )
 
 
 def test_progress_counts_answers(pocket, speak):

@@ -8,6 +8,7 @@ __all__ = ['Select', 'UNITS', 'AnswerConfig', 'question_row', 'Asked', 'untaught
 
 # %% ../../nbs/studies/12_answer.ipynb #e29ba198
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,7 @@ class Asked(NamedTuple):
     answer: str  # the one that was chosen
     draws: pd.DataFrame  # one line per rationale: answer, log pi(Z | X), tokens, text
     answers: pd.DataFrame  # one line per distinct answer: draws, score
+    matrix: Sequence[Sequence[float]] = ()  # of each line of `answers`: log pi(Y | X, Z) after each draw, nats
 
 # %% ../../nbs/studies/12_answer.ipynb #58298c3c
 def untaught(
@@ -178,7 +180,9 @@ def ask(
     )
     counts = found.own.bincount(minlength=len(found.answers)).tolist()
     answers = pd.DataFrame({"answer": found.answers, "draws": counts, "score": chosen.scores.tolist()})
-    return Asked(chosen.answer, draws, answers.sort_values("score", ascending=False, ignore_index=True))
+    answers = answers.sort_values("score", ascending=False)
+    matrix = found.answer_logprobs[answers.index.tolist()].tolist()
+    return Asked(chosen.answer, draws, answers.reset_index(drop=True), matrix)
 
 # %% ../../nbs/studies/12_answer.ipynb #1f4cea02
 UNITS = {"majority": "share of draws", "bin": "nats", "bin-marginal": "nats"}  # all others: nats per token
@@ -211,4 +215,5 @@ def record_of(
 ) -> dict[str, Any]:  # plain values
     "The same for a program."
     tables = {"draws": asked.draws.to_dict("records"), "answers": asked.answers.to_dict("records")}
+    tables |= {"answer_logprobs": [list(line) for line in asked.matrix]}
     return {"question": cfg.question, "select": cfg.select, "answer": asked.answer, **tables}
