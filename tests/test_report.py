@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from vlm_reward.report.findings import direction, findings, notes_of, points_int
 from vlm_reward.report.page import page_of, plain_line, render_html, report, summary_table
 from vlm_reward.report.paper import BEHAVIOUR_COLOURS, ink_on, pens
 from vlm_reward.report.records import read_study
-from vlm_reward.report.selection import MEASURES, selection_tables, selection_texts
+from vlm_reward.report.selection import GAIN, MEASURES, arm_words, cost_cell, mean_of, selection_tables, selection_texts
 from vlm_reward.report.specimen import scene_config, write_puzzles, write_specimen
 from vlm_reward.report.tables import all_tables, estimate
 from vlm_reward.worlds.scenes import scene_rows
@@ -422,7 +423,8 @@ def test_bayesian_choices_are_compared_with_others_of_the_same_draws(chosen):
     study = read_study(chosen)
     found, text = selection_tables(study)["bayes"], selection_texts(selection_tables(study))["selection bayes"]
     raw = study.stored("selection").to_dict("records")
-    assert len(found) == 4 * 3 and text["arm"].tolist() == study.arms and set(found["n"]) == {10}
+    assert len(found) == 4 * 3 and set(found["n"]) == {10}
+    assert list(text) == ["rule", "against", *study.arms] and len(text) == 3
     for line in found.to_dict("records"):
         n = 1 if line["against"] == "greedy" else 10
         sides = [
@@ -434,8 +436,54 @@ def test_bayesian_choices_are_compared_with_others_of_the_same_draws(chosen):
         clusters = [row for row, _ in gaps]
         wanted = paired_difference(*(list(side.values()) for side in sides), clusters=clusters)
         assert (line["low"], line["high"]) == pytest.approx((wanted.low, wanted.high), abs=0.02)
-    cell = text.set_index("arm")["bin-marginal"]["accuracy"]
-    assert cell.count(";") == 2 and all(other in cell for other in ("majority", "best-of-n", "greedy"))
+        cell = text.set_index(["rule", "against"]).loc[("bin-marginal", line["against"]), line["arm"]]
+        assert cell == points_interval(Interval(line["difference"], line["low"], line["high"]))
+
+
+def test_the_page_shows_every_table_of_the_choices(chosen):
+    "What the Markdown file tells, the page tells too; every N and rule stands in one table, with intervals."
+    page, text = report(chosen), selection_texts(selection_tables(read_study(chosen)))
+    html = page.read_text()
+    for name, table in text.items():
+        cells = [cell for cell in table.to_numpy().ravel() if cell]
+        assert len(table) and all(escape(cell) in html for cell in cells), name
+    lines = text["selection"].set_index(["rule", "n"])
+    rules = ("majority", "best-of-n", "bin-marginal")
+    assert set(lines.index) == {("greedy", "1"), *((rule, str(n)) for rule in rules for n in (1, 5, 10))}
+    assert all(" to " in cell and "%" in cell for cell in lines.to_numpy().ravel())
+    assert max(len(cell) for name in text for cell in text[name].iloc[:, 2:].to_numpy().ravel()) <= 24
+    assert html.count('class="long"') == sum(len(title) > 32 for title in text["rationales"]["measure"])
+
+
+def test_a_difference_of_nothing_is_no_share_of_nothing():
+    rows = pd.Series(range(16))
+    for name in ("gold over wrong", "swap gap", "correlation"):
+        assert mean_of(pd.Series(np.zeros(16)), rows, name) == Interval(0, 0, 0)
+        assert mean_of(pd.Series(np.ones(16)), rows, name) == Interval(1, 1, 1)
+    for name in ("states wrong early", "cut off"):
+        assert mean_of(pd.Series(np.zeros(16)), rows, name).high > 0.15
+    assert np.isnan(mean_of(pd.Series([], dtype=float), rows[:0], "swap gap").low)
+
+
+def test_rules_that_are_equally_right_are_named_together():
+    accuracy = {"majority": 0.5, "bin-code": 1.0, "bin-paper": 1.0, "best-of-n": 0.5, "bin-marginal": np.nan}
+    lines = [{"arm": "a", "rule": rule, "n": 5, "accuracy": value} for rule, value in accuracy.items()]
+    table = pd.DataFrame(lines).assign(**{name: 0.0 for name in GAIN})
+    said = arm_words(table, 5)
+    assert "choices in 50.0 % (majority, best-of-n) to 100.0 % (bin-code, bin-paper)," in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.03, "0.03 s, 68 + 9 tokens"),
+        (0.2984, "0.3 s, 68 + 9 tokens"),
+        (123.4, "123 s, 68 + 9 tokens"),
+        (np.nan, "68 + 9 tokens"),
+    ],
+)
+def test_what_a_question_takes_is_short(seconds, told):
+    assert cost_cell({"seconds": seconds, "written": 68.0, "scored": 9.0}) == told
 
 
 def test_choices_are_told_in_both_files_and_only_where_there_are_any(chosen, folder, page):
