@@ -10,7 +10,7 @@ from transformers import modeling_utils
 import vlm_reward.lacot.rgfn as rgfn
 import vlm_reward.lacot.step as step
 from vlm_reward.core.runs import Run
-from vlm_reward.lacot.drawing import Rationale
+from vlm_reward.lacot.drawing import Rationale, never_drawn
 from vlm_reward.lacot.pair import add_lora
 from vlm_reward.lacot.rgfn import train_rgfn
 from vlm_reward.lacot.settings import RGFNSettings, pace_of
@@ -26,7 +26,7 @@ from vlm_reward.lacot.step import (
     prepare_question,
     without_dropout,
 )
-from vlm_reward.lacot.subtb import sampler_scores
+from vlm_reward.lacot.subtb import Bounds, sampler_scores
 from vlm_reward.lacot.token_reward import token_rewards
 from vlm_reward.lacot.turns import encode_questions, turns_of
 
@@ -127,7 +127,7 @@ def test_the_pace_of_a_step_is_used_and_told(monkeypatch):
     "Tolerance and reward temperature of step k at step k, in each of its micro-batches."
     used, log, pay, balance = [], [], rgfn.pay_likelihood, rgfn.balance_questions
     monkeypatch.setattr(rgfn, "pay_likelihood", lambda *a: used.append(("tau", a[-1])) or pay(*a))
-    monkeypatch.setattr(rgfn, "balance_questions", lambda *a: used.append(("delta", a[-1])) or balance(*a))
+    monkeypatch.setattr(rgfn, "balance_questions", lambda *a: used.append(("delta", a[-2])) or balance(*a))
     how = {"steps": 4, "anneal_steps": 3, "tolerance": 2.5, "reward_temperature": 2.0, "questions_per_step": 2}
     settings = toy_settings(**how, accumulate=2, reward_temperature_end=0.5)
     train_rgfn(*toy(), toy_rows(2, rationale="a"), settings, progress=lambda _, m: log.append(m))
@@ -239,7 +239,8 @@ def test_the_sampler_is_scored_without_dropout(rank, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "draw_rationales", lambda *a, **o: seen.extend(draw(*a, **o)) or seen[-1:])
     train_rgfn(model.eval(), processor, toy_rows(), toy_settings(steps=1, rationales=8), run=run)
     with torch.no_grad():  # before the first step, the sampler is the policy as it came, without any noise
-        logprobs, stops = sampler_scores(toy(layers=2)[0], turns, inputs, [z.token_ids for z in seen[0]])
+        texts, bounds = [z.token_ids for z in seen[0]], Bounds(0, 3, tuple(never_drawn(model, processor, turns.stop)))
+        logprobs, stops = sampler_scores(toy(layers=2)[0], turns, inputs, texts, bounds=bounds)
     want = [(z.sum() + end[-1]).item() for z, end in zip(logprobs, stops, strict=True)]
     assert run.rollouts().log_q.tolist() == pytest.approx(want, abs=1e-3)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from ..core.rows import Row
 from ..core.runs import Run
+from ..core.terminal import Notice
 from .drawing import Rationale, never_drawn
 from .guide import RubricReward
 from .metrics import leak_warning, mean_metrics, step_metrics, told_of
@@ -177,7 +178,7 @@ class RGFNTrainer(Trainer):
         told = None if self.warned else leak_warning(self.metrics)
         if told:
             self.warned = True
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(Notice(told), stacklevel=2)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         ours = "loss" in logs

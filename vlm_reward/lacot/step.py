@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.rows import Row
+from ..core.terminal import Notice
 from .drawing import Rationale, draw_rationales
 from .guide import RubricReward, draw_temperatures, keep_rationales
 from .lessons import Lesson, lesson_pieces
@@ -84,7 +85,8 @@ def prepare_questions(
         told = f"{len(left_out)} of {len(questions)} reference rationales have more than {max_tokens} tokens"
         told += f" or fewer than {min_tokens}" if min_tokens else ""
         change = "raise max_tokens or lower min_tokens" if min_tokens else "raise max_tokens"
-        warnings.warn(f"{told}, {left_out[0]!r} for one: they are left out; {change} to use them", stacklevel=3)
+        told += f", {left_out[0]!r} for one: they are left out; {change} to use them"
+        warnings.warn(Notice(told), stacklevel=3)
     return questions
 
 # %% ../../nbs/lacot/10_step.ipynb #348927c3

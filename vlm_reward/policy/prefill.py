@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from ..core.terminal import Notice
 from .families import TOKEN_FIELDS, bare_model, family_of, image_token_ids, take_prompts
 
 # %% ../../nbs/policy/04_prefill.ipynb #0e814b6f
@@ -210,7 +211,7 @@ def shared_prefill(
                 raise ValueError("its inputs are not given by name")
             once, options = cut_call(bare, options, size)
         except ValueError as error:
-            warnings.warn(f"generate reads every prompt {size} times, not once: {error}", stacklevel=2)
+            warnings.warn(Notice(f"generate reads every prompt {size} times, not once: {error}"), stacklevel=2)
             return plain(*args, **options)
         member = torch.arange(len(once["input_ids"]), device=once["input_ids"].device).repeat_interleave(size)
         return generate_repeated(bare, once, member, **options)

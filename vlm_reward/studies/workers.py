@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from ..core.terminal import hear_notices
+
 # %% ../../nbs/studies/09_workers.ipynb #dd08f431
 Tick = Callable[[int], None]  # told how much of a task's work is done
 Task = Callable[[Tick], Any]
@@ -144,6 +146,7 @@ def serve(
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
     redirect_output(log)
+    hear_notices()  # the environment asks for no warnings
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while True:
             work = pipe.recv_bytes()

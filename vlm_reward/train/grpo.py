@@ -25,7 +25,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from ..core.rows import Row
 from ..core.runs import Run
 from ..core.settings import did_you_mean, setting
-from ..core.terminal import nearest
+from ..core.terminal import Notice, nearest
 from ..policy.families import bare_model, freeze_vision_tower, image_token_ids
 from ..policy.observables import OBSERVABLES, Observing
 from ..policy.sampling import encode_prompts, sampling_config
@@ -255,7 +255,7 @@ def checked(
         if silent is not None:
             silent = silent + len(points) if all(p is None for p in points) else None
         if silent is not None and silent >= SILENT:
-            warnings.warn(silence(reward, batch, silent), stacklevel=2)
+            warnings.warn(Notice(silence(reward, batch, silent)), stacklevel=2)
             silent = None
         return points
 

@@ -23,6 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from ..core.rows import Row
+from ..core.terminal import Notice
 from ..policy.families import bare_model, count_images, family_of, packing_problem, take_prompts
 from ..policy.observables import Observing, observe
 from ..policy.packing import group_logprobs, packing_gap
@@ -184,7 +185,9 @@ class SharingTrainer(GRPOTrainer):
         if self.observables:
             raise ValueError(f"cannot observe {', '.join(self.observables)}: {problem}")
         if told:
-            warnings.warn(f"each prompt is read once per completion, not once per group: {problem}", stacklevel=3)
+            warnings.warn(
+                Notice(f"each prompt is read once per completion, not once per group: {problem}"), stacklevel=3
+            )
 
     @property
     def group(self) -> GroupProcessor:
