@@ -21,12 +21,13 @@ from vlm_reward.lacot.bin import RULES, Candidates, candidates_of, pair_scores
 from vlm_reward.lacot.drawing import Answer, Rationale
 from vlm_reward.lacot.pair import add_lora
 from vlm_reward.lacot.settings import RGFNSettings
-from vlm_reward.lacot.turns import answer_ids, encode_questions
+from vlm_reward.lacot.turns import answer_ids, encode_questions, rationale_ids
 from vlm_reward.policy.families import load_policy
 from vlm_reward.policy.sampling import sample
+from vlm_reward.policy.specimens import specimen
 from vlm_reward.rewards.presets import get_rubric
 from vlm_reward.studies import pairs
-from vlm_reward.studies.design import StudyConfig, grpo_settings, load_study, rgfn_settings
+from vlm_reward.studies.design import Ground, StudyConfig, grpo_settings, load_study, plan, rgfn_settings
 from vlm_reward.studies.evaluate import evaluate
 from vlm_reward.studies.pairs import train_pair
 from vlm_reward.studies.reasoning import (
@@ -37,6 +38,7 @@ from vlm_reward.studies.reasoning import (
     drawn_examples,
     lessons_for,
     speaker,
+    too_short,
 )
 from vlm_reward.studies.rehearsal import rehearsal
 from vlm_reward.studies.selection import (
@@ -447,6 +449,39 @@ def test_rows_that_cannot_teach_are_refused_in_one_line(kind, row, words):
     with pytest.raises(ConfigError) as caught:
         check_demonstrations(ReasoningConfig(demonstrations=kind), [{**ROWS[0], **row}])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+LONG = {"min_tokens": 100, "max_tokens": 120}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, True),
+        ({"reasoning": {"min_tokens": 8}}, False),
+        ({"rgfn": {"reference": False}}, False),
+        ({"arms": {"a": {"reward": "accuracy"}}, "grpo": {"prompts_per_step": 2}}, False),
+        ({"arms": {"a": {}}, "sft": {"steps": 1}}, True),
+        ({"arms": {"a": {}}, "sft": {"steps": 1}, "reasoning": {**LONG, "demonstrations": "mixture"}}, False),
+    ],
+)
+def test_a_least_length_that_no_rationale_has_is_told_by_the_plan(change, told, caplog):
+    "Where rationales are learned from: by a supervised stage, or as references of rgfn."
+    rows = scene_rows("relation", 9, seed=8)
+    longest = max(len(row["rationale"].encode()) for row in rows[:6])
+    cfg = from_dict(StudyConfig, {"name": "short", "reasoning": LONG, "arms": {"a": {"algorithm": "rgfn"}}, **change})
+    plan(cfg, Ground(rows[:6], [], [{**row, "task": "scenes/relation"} for row in rows[6:]], "weights"))
+    assert len(caplog.messages) == told
+    assert not told or f"100 tokens, but the longest of the 6 to learn from has {longest} bytes" in caplog.text
+
+
+def test_no_rationale_has_more_tokens_than_bytes():
+    "So that the plan needs no tokenizer: the line is told only where all tokenizers agree."
+    rows = [{**row, "rationale": row["rationale"] + "é 数 😀"} for row in scene_rows("relation", 4, seed=8)]
+    for processor in (specimen(name)[1] for name in ("llava", "qwen2_5_vl")):
+        counts = [len(rationale_ids(processor, row["rationale"])) for row in rows]
+        for least in range(max(counts) + 1):
+            assert too_short(ReasoningConfig(min_tokens=least, max_tokens=999), rows) is None
 
 
 # --- configs

@@ -6,8 +6,8 @@
 __all__ = ['FOLDER_NAME', 'NOT_GROUND', 'OF_REASONING', 'DataConfig', 'EvalConfig', 'ArmConfig', 'StudyConfig', 'check_names',
            'check_arms', 'in_float32', 'rounds_away', 'grpo_settings', 'rgfn_settings', 'arm_settings', 'arm_preset',
            'load_study', 'Ground', 'load_ground', 'Once', 'each_line_once', 'rows_of', 'training_rows', 'replay_rows',
-           'held_out_rows', 'instructions', 'instruct', 'check_training', 'check_observables', 'Job', 'plan',
-           'make_job', 'told_stage', 'rows_to_choose', 'reward_fingerprint', 'study_folder']
+           'held_out_rows', 'instructions', 'instruct', 'check_training', 'check_observables', 'Job',
+           'reads_rationales', 'plan', 'make_job', 'told_stage', 'rows_to_choose', 'reward_fingerprint', 'study_folder']
 
 # %% ../../nbs/studies/06_design.ipynb #c36b8fbe
 import logging
@@ -31,7 +31,14 @@ from ..report.records import is_rewarded
 from ..rewards.presets import Preset, get_rubric
 from .evaluate import is_all_answer
 from .fingerprint import file_bytes, fingerprint, policy_fingerprint, rows_fingerprint
-from .reasoning import OWN, ReasoningConfig, SelectConfig, check_demonstrations, check_reasoning
+from vlm_reward.studies.reasoning import (
+    OWN,
+    ReasoningConfig,
+    SelectConfig,
+    check_demonstrations,
+    check_reasoning,
+    too_short,
+)
 from ..train.grpo import GRPOSettings
 from ..train.grpo import check_request as check_grpo
 from ..train.sft import SFTSettings
@@ -386,6 +393,15 @@ class Job:
         return f"{self.name}-{self.digest}"
 
 
+def reads_rationales(
+    cfg: StudyConfig,  # with `reasoning`
+) -> bool:
+    "Whether the rationales of the rows are learned from: by a supervised stage, or as references of rgfn."
+    settings = [rgfn_settings(cfg, arm, cfg.seeds[0]) for arm in cfg.arms]
+    taught = cfg.sft is not None and cfg.reasoning.demonstrations == "gold"  # type: ignore[union-attr]
+    return taught or any(likely is not None and likely.reference for likely in settings)
+
+
 def plan(
     cfg: StudyConfig,
     ground: Ground | None = None,  # if it is loaded already
@@ -397,6 +413,8 @@ def plan(
     ground = ground or load_ground(cfg)
     if cfg.reasoning is not None and cfg.sft is not None:
         check_demonstrations(cfg.reasoning, ground.training)
+    if cfg.reasoning is not None and reads_rationales(cfg) and (said := too_short(cfg.reasoning, ground.training)):
+        logging.getLogger(__name__).warning(said)
     check_training(cfg, ground)
     common = {name: rows_fingerprint(getattr(ground, name)) for name in ("training", "replay", "held_out")}
     common["weights"] = ground.weights

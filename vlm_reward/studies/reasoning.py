@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'OWN', 'RATIONALES', 'COPIES', 'ReasoningConfig', 'SelectConfig', 'check_reasoning', 'check_lengths',
-           'check_plain', 'check_demonstrations', 'drawn_examples', 'lessons_for', 'TwoTurns', 'in_one', 'speaker']
+           'check_plain', 'check_demonstrations', 'too_short', 'drawn_examples', 'lessons_for', 'TwoTurns', 'in_one',
+           'speaker']
 
 # %% ../../nbs/studies/03_reasoning.ipynb #86f91952
 import random
@@ -151,6 +152,18 @@ def check_demonstrations(
         if row.get("objects") is None or not row.get("choices") or is_all_answer(row):
             said = f"reasoning.demonstrations: 'mixture' needs questions about two objects, row {row['id']!r} is none"
             raise ConfigError(f"{said}; write gold")
+
+
+def too_short(
+    reasoning: ReasoningConfig,
+    rows: Sequence[Row],  # to train on
+) -> str | None:  # one line; None unless it is certain
+    "Tell of rationales none of which can have the least length; a token has a byte or more."
+    sizes = [len(row["rationale"].encode()) for row in rows if row.get("rationale")]
+    if not sizes or max(sizes) >= reasoning.min_tokens:
+        return None
+    said = f"reasoning.min_tokens: no rationale may end before {reasoning.min_tokens} tokens"
+    return f"{said}, but the longest of the {len(sizes)} to learn from has {max(sizes)} bytes; lower it"
 
 
 def drawn_examples(
