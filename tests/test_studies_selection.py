@@ -541,10 +541,3 @@ def test_the_studies_at_full_size_are_planned_without_weights(name, rationale_se
     assert grpo_settings(cfg, "grpo", 0).max_new_tokens == 701  # and the token that ends
     assert grpo_settings(cfg, "grpo", 0).group_size == 6 and cfg.dtype == "bfloat16"
     assert load_study(CONFIGS / f"{name}.yaml").data.n == 3000
-
-
-def test_doctor_refuses_what_it_cannot_look_at(tmp_path):
-    from vlm_reward.studies.doctor import trial_of
-
-    with pytest.raises(ConfigError, match="run it with --reasoning null"):
-        trial_of(load_study(CONFIGS / "pocket.yaml"), "grpo", 0, tmp_path)
