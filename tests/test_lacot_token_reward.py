@@ -293,6 +293,31 @@ def test_only_anchors_are_looked_at():
     assert sum(met) == scored
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=7),
+    chunk=st.integers(1, 40),
+    at_once=st.none() | st.integers(1, 8),
+)
+def test_a_chunk_counts_answers_and_not_those_of_each_rationale(lengths, chunk, at_once):
+    "Seven rationales with 32 answers each at a time are 224, and as much memory."
+    model, turns, inputs, texts, answer = asked("llava", lengths)
+    seen = []
+    original = token_reward.score_tails
+
+    def watched(model, trunk, tails, *, chunk):
+        seen.append((sum(min(chunk, len(some)) for some in tails), len(tails)))
+        return original(model, trunk, tails, chunk=chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_reward, "score_tails", watched)
+        found = token_rewards(model, turns, inputs, texts, answer, chunk=chunk, rows_at_once=at_once)
+    assert max(answers for answers, _ in seen) <= chunk
+    assert max(rows for _, rows in seen) <= min(at_once or 8, chunk) and sum(rows for _, rows in seen) == len(texts)
+    for one, other in zip(found, token_rewards(model, turns, inputs, texts, answer, chunk=1000), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
 # ---- models
 
 
@@ -430,6 +455,20 @@ def test_what_is_refused():
     placeholder = image_token_ids(model)[0]
     refusal(f"holds the placeholder {placeholder}", *call, inputs, [[20, placeholder]], answer)
     refusal(f"holds the placeholder {placeholder}", *call, inputs, texts, [placeholder])
+    size = model.get_input_embeddings().num_embeddings
+    wrapped = get_peft_model(fresh("llava")[0], LoraConfig(r=2, target_modules=lora_targets(model)))
+    for policy in (model, wrapped):
+        call = (token_rewards, policy, turns)
+        refusal(
+            f"rationale 1 holds {size} at token 2, and the policy has {size}",
+            *call,
+            inputs,
+            [[9], [9, 9, size]],
+            answer,
+        )
+        refusal("rationale 0 holds -1 at token 0", *call, inputs, [[-1], [9]], answer)
+        refusal(f"the answer holds {size + 7} at token 1", *call, inputs, texts, [9, size + 7])
+    call = (token_rewards, model, turns)
     most = model.config.text_config.max_position_embeddings
     refusal(f"the model reads {most}", *call, inputs, [[20] * most], answer, interval=most)
     assert token_rewards(model, turns, inputs, [], answer) == []

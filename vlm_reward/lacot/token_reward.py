@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Empty', 'state_tail', 'packed_reads', 'plain_reads', 'plain_tail', 'Parts', 'gather_parts', 'reward_parts',
-           'check_call', 'token_rewards', 'join_parts', 'scored_tokens', 'anneal']
+           'check_call', 'check_vocabulary', 'token_rewards', 'join_parts', 'scored_tokens', 'anneal']
 
 # %% ../../nbs/lacot/05_token_reward.ipynb #8dffd3b3
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import torch
 from ..core.words import did_you_mean
 from .turns import Turns, follow
 from ..policy.branches import real_tokens
-from ..policy.families import packing_problem
+from ..policy.families import bare_model, packing_problem
 from ..policy.sampling import evaluation_mode
 from ..policy.scoring import Query, install_scoring
 from ..policy.tails import Tail, first_columns, score_tails
@@ -48,19 +48,20 @@ def packed_reads(
     inputs: Mapping[str, Any],  # model inputs of one question
     texts: Sequence[Sequence[int]],  # Z: ids
     tails: Sequence[Sequence[Tail]],  # of each rationale
-    chunk: int,  # tails of a rationale at a time
+    chunk: int,  # tails at a time, of all rationales together
     rows_at_once: int,  # rationales at a time
 ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:  # of each: (n,) nats; of each tail: tokens that count, nats
     "Read the question once, the rationales on from there, and score an end off each state."
     whole, opening, tokens, ends = read_trunk(model, inputs), turns.opening, [], []
-    for start in range(0, len(texts), rows_at_once):
-        now = slice(start, start + rows_at_once)
+    rows = min(rows_at_once, chunk)  # each has a tail at least
+    for start in range(0, len(texts), rows):
+        now = slice(start, start + rows)
         trunk = whole._replace(cache=first_columns(whole.cache, len(whole.reaches[0])))
         trunk, logprobs = extend_trunk(
             model, trunk, [torch.tensor([*opening, *z], dtype=torch.long) for z in texts[now]]
         )
         tokens += [some[len(opening) :] for some in logprobs]
-        ends += score_tails(model, trunk, tails[now], chunk=chunk)
+        ends += score_tails(model, trunk, tails[now], chunk=chunk // len(texts[now]))
     return tokens, ends
 
 # %% ../../nbs/lacot/05_token_reward.ipynb #9fb87f21
@@ -127,17 +128,20 @@ def reward_parts(
     *,
     interval: int = 1,  # lambda: look at every so many states, and at the last one
     empty: Empty = "off",  # state 0: reasoning switched off, or an empty rationale in its turn
-    chunk: int = 32,  # states of a rationale at a time
+    chunk: int = 128,  # states at a time, of all rationales together
     rows_at_once: int | None = None,  # rationales at a time; None: all
 ) -> list[Parts]:  # of each rationale
     """Look at states of rationales, without gradients and without dropout.
 
     - Range: at most 0, nats; NaN where the model gives NaN.
-    - Raises: `ValueError` for more than one question, an answer without tokens, a placeholder in a text, and settings
-      out of range.
+    - Memory: keys and values of the question and of `rows_at_once` rationales (`chunk` at most), and a forward of
+      `chunk` ends of k tokens each, with a mask of as many lines, which are as long as all that.
+    - Raises: `ValueError` for more than one question, an answer without tokens, a token that the model does not have,
+      a placeholder in a text, and settings out of range.
     """
     check_call(inputs, answer, empty, chunk, rows_at_once)
     texts, gold = [[int(token) for token in z] for z in rationales], [int(token) for token in answer]
+    check_vocabulary(model, [*texts, gold])
     if not texts:
         return []
     at, size = [anchors(len(z) + 1, interval) for z in texts], int(real_tokens(inputs).sum())
@@ -166,6 +170,21 @@ def check_call(
     if chunk < 1 or (rows_at_once is not None and rows_at_once < 1):
         raise ValueError(f"want chunk and rows_at_once of at least 1, got {chunk} and {rows_at_once}")
 
+
+def check_vocabulary(
+    model: Any,  # a policy, wrapped or not
+    texts: Sequence[Sequence[int]],  # rationales, and the answer behind them: ids
+) -> None:
+    "Raise `ValueError`, in one line, for an id that the model has no embedding for."
+    embedding: Any = bare_model(model).get_input_embeddings()
+    size = embedding.num_embeddings
+    for number, text in enumerate(texts):
+        for place, token in enumerate(text):
+            if not 0 <= token < size:
+                where = "the answer" if number == len(texts) - 1 else f"rationale {number}"
+                remedy = "encode it with the policy's own tokenizer"
+                raise ValueError(f"{where} holds {token} at token {place}, and the policy has {size} tokens: {remedy}")
+
 # %% ../../nbs/lacot/05_token_reward.ipynb #ca803b26
 def token_rewards(
     model: Any,  # pi: a policy, wrapped or not
@@ -176,12 +195,13 @@ def token_rewards(
     *,
     interval: int = 1,  # lambda: look at every so many states, and draw lines between them; 1: all are exact
     empty: Empty = "off",  # state 0: reasoning switched off, or an empty rationale in its turn
-    chunk: int = 32,  # states of a rationale at a time
+    chunk: int = 128,  # states at a time, of all rationales together
     rows_at_once: int | None = None,  # rationales at a time; None: all
 ) -> list[torch.Tensor]:  # log R_t of each: (n + 1,) nats, float32
     """The log reward of every prefix of rationales of one question, log P(z_1..t T Y | X).
 
     - Range: at most 0; NaN where the model gives NaN.
+    - Memory: as `reward_parts` has it.
     - Raises: `ValueError` as `reward_parts` does, and, with lines, for a reward that is not finite.
     - Source: Sun et al. 2025, arXiv:2510.23925; exact values instead of lines are ours.
     """
