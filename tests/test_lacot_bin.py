@@ -435,6 +435,10 @@ def test_what_cannot_be_scored():
     refusal("got 2 questions", pair_scores, model, turns, two, rationales, answers)
     picture = image_token_ids(model)[0]
     refusal("placeholder", pair_scores, model, turns, inputs, [[20, picture]], answers)
+    refusal("want at least one rationale and one answer, got 0 and", pair_scores, model, turns, inputs, [], answers)
+    refusal("one answer, got 2 and 0", pair_scores, model, turns, inputs, [[20], []], [])
+    row = {"id": "scenes/relation/7"}
+    refusal("row 'scenes/relation/7' has no draws: draw at least one", candidates_of, model, None, turns, row, [])
     refusal("chunk of at least 1", pair_scores, model, turns, inputs, rationales, answers, chunk=0)
 
 

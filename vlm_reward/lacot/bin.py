@@ -199,7 +199,12 @@ def candidates_of(
     same: Callable[[str, str], bool] | None = None,  # whether two texts are one answer; None: `same_text`
     chunk: int = 64,  # branches at a time
 ) -> Candidates:
-    "Merge the answers of a question and score every spelling after every rationale."
+    """Merge the answers of a question and score every spelling after every rationale.
+
+    - Raises: `ValueError` with the row's id if there are no draws.
+    """
+    if not draws:
+        raise ValueError(f"row {row.get('id')!r} has no draws: draw at least one rationale, and an answer after it")
     drawn, written = [thought for thought, _ in draws], [answer for _, answer in draws]
     answers, own = merge([answer.text for answer in written], same)
     closed = [(*answer.token_ids, *(() if answer.finished else turns.closing)) for answer in written]

@@ -74,10 +74,12 @@ def pair_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N,) log pi(Z T | X); (S, N) log pi(Y | X, Z); float64, nats
     """How likely rationales are, and answers after each of them.
 
-    - Raises: `ValueError` for several questions, and for a text with a placeholder.
+    - Raises: `ValueError` for several questions, without a rationale or an answer, and for a text with a placeholder.
     """
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"got {len(inputs['input_ids'])} questions: score one at a time")
+    if not (len(rationales) and len(answers)):
+        raise ValueError(f"want at least one rationale and one answer, got {len(rationales)} and {len(answers)}")
     distinct = list(dict.fromkeys(map(tuple, rationales)))
     score = pairs_packed if packing_problem(model) is None else pairs_plain
     thoughts, matrix = score(model, turns, inputs, distinct, answers, chunk)
