@@ -23,6 +23,7 @@ import vlm_reward.lacot.subtb as subtb
 import vlm_reward.lacot.token_reward as token_reward
 from vlm_reward.core.rows import make_row
 from vlm_reward.core.runs import Run
+from vlm_reward.core.terminal import Notice
 from vlm_reward.lacot.drawing import Rationale, draw_rationales, never_drawn
 from vlm_reward.lacot.pair import add_lora, frozen_copy
 from vlm_reward.lacot.rgfn import train_rgfn
@@ -305,14 +306,12 @@ def test_a_reference_that_is_too_long_is_left_out_and_told_once():
 
 
 @pytest.mark.parametrize("absent", [{}, {"rationale": ""}, {"rationale": None}])
-def test_without_a_reference_all_is_kept(absent):
+def test_without_a_reference_all_is_kept_and_told_once(absent):
     model, processor = toy()
-    log = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        train_rgfn(
-            model, processor, toy_rows(**absent), toy_settings(filter="mean"), progress=lambda _, m: log.append(m)
-        )
+    log, settings = [], toy_settings(filter="mean")
+    with pytest.warns(Notice, match="none of the 1 rows has a reference.*no effect of filter 'mean'") as told:
+        train_rgfn(model, processor, toy_rows(**absent), settings, progress=lambda _, m: log.append(m))
+    assert len([w for w in told if w.category is Notice]) == 1
     assert [(m["kept_frac"], m["reference_frac"], "log_reward/reference" in m) for m in log] == [(1.0, 0.0, False)] * 2
 
 
@@ -460,6 +459,18 @@ def test_six_steps_are_three_and_three(tmp_path, how):
     a, b = whole.metrics(), broken.metrics()
     assert a.step.tolist() == b.step.tolist() == [1, 2, 3, 4, 5, 6] and a.equals(b[a.columns])
     assert whole.rollouts().equals(broken.rollouts()[whole.rollouts().columns])
+
+
+def test_a_leak_is_looked_for_in_the_steps_before_a_resume_too(tmp_path, monkeypatch):
+    heard, run = [], Run.open(tmp_path, "run", {}, "0")
+    settings, rows = toy_settings(steps=5, save_every=3), toy_rows(rationale="a")
+    with pytest.raises(KeyboardInterrupt):
+        train_rgfn(*toy(), rows, settings, run=run, callbacks=[StopAfter(4)])
+    before = run.metrics().loss.tolist()
+    monkeypatch.setattr(rgfn, "leak_warning", lambda steps: heard.append([m["loss"] for m in steps]))
+    train_rgfn(*toy(), rows, settings, run=run, resume=True)
+    assert [len(losses) for losses in heard] == [4, 5]
+    assert heard[0][:3] == pytest.approx(before[:3]) and run.metrics().step.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_resume_without_a_checkpoint_begins(tmp_path):
