@@ -1,6 +1,8 @@
 """The reference-guided filter, exploration, and rubrics as log reward."""
 
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -245,3 +247,9 @@ def test_what_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message) as error:
         keep_rationales(torch.tensor([-1.0]), -2.0, **wrong)
     assert "\n" not in str(error.value)
+
+
+def test_the_guide_and_the_settings_do_without_trl():
+    "Which takes seconds to load, and is for GRPO alone."
+    code = "import vlm_reward.lacot.guide, vlm_reward.lacot.settings, sys; sys.exit('trl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

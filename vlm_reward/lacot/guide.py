@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from ..core.rows import Row
-from .answered import SECTIONS, scored_text
 from .drawing import write_answers
 from .subtb import group_loss, sampler_scores
-from .turns import Turns
+from .turns import SECTIONS, Turns, scored_text
 from ..policy.sampling import evaluation_mode
 from ..train.advantage import total_reward
 
