@@ -52,7 +52,11 @@ class RGFNSettings:
     answer_temperature: float = setting(
         0.0, "at which it writes them; 0 is greedy: points depend on the rationale alone", low=0
     )
-    balance: Balance = setting("subtb", "among the prefixes of a rationale, or between the rationales of a question")
+    balance: Balance = setting(
+        "subtb",
+        "among the prefixes of a rationale (and between rationales, with min_tokens above 0), or between the "
+        "rationales of a question alone",
+    )
     gamma: float = setting(1.0, "prefixes k tokens apart weigh gamma to the power of k - 1", low=0, high=1)
     interval: int = setting(1, "log rewards at every n-th token, lines between; 1: everywhere", low=1)
     empty: Empty = setting(
