@@ -2,7 +2,7 @@
 
 import math
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -311,3 +311,17 @@ def test_what_is_watched_is_kept():
     start = total_variation(string_logprobs(toy.prior).exp(), posterior(toy, "yes")).item()
     assert all(math.isclose(value, start, abs_tol=1e-5) for value in seen[seen["step"] == 0]["total variation"])
     assert (seen[seen["step"] == 40]["total variation"] < start).all()
+
+
+def test_sharpening_moves_mass_from_many_wordings_to_one_short_text():
+    "One letter, and a reason that is nearly thrice as likely in all but has 27 wordings: P^(1/0.7) prefers the letter."
+    wordings = {"b" + "".join(rest): ("yes", 0.02) for rest in product("abc", repeat=3)}
+    wordy = make_problem({"a": ("yes", 0.2)} | wordings)
+    short, length = wordy.strings.index("a"), torch.tensor([float(len(text)) for text in wordy.strings])
+    plain, sharp = ((log_rewards(wordy, "yes") / tau).softmax(0) for tau in (1.0, 0.7))
+    one, many = 0.2 + 0.26 / 4**2, 0.02 + 0.26 / 4**4  # what pi gives to the letter, and to each wording
+    for target, power in ((plain, 1.0), (sharp, 1 / 0.7)):
+        assert target[short] / target[modes(wordy, "yes")].sum() == pytest.approx(
+            one**power / (one**power + 27 * many**power), rel=1e-4
+        )
+    assert plain[short] < 0.3 < 0.45 < sharp[short] and (sharp * length).sum() < (plain * length).sum() - 0.5
