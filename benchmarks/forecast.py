@@ -1,11 +1,12 @@
 """What a study's samplers say on held-out rows, beside what the posterior of their supervised checkpoint would say.
 
-Run: python benchmarks/forecast.py STUDY_RUN_FOLDER [--rows 60] [--n 48] [--seed 1] [--reward-temperature 1.0]
+Run: python benchmarks/forecast.py [STUDY_RUN_FOLDER] [--rows 60] [--n 48] [--seed 1] [--reward-temperature 1.0]
 
-The folder is that of a finished study with `reasoning:` and `save_checkpoints: true` in its settings. On the first held-out
-rows of the rewarded task, `n` rationales are drawn at temperature 1 for each row: by the supervised checkpoint, which is
-what the arms start from, and by each arm and seed that differs from it. A gold answer's probability is that of the answerer of each pair, after
-each rationale. The posterior is estimated from the drawings of the supervised checkpoint by weights
+The folder is that of a finished study with `reasoning:` and `save_checkpoints: true` in its settings; without one, a small
+study is run first: one seed of the likelihood's arm of configs/lacot/pocket.yaml, forty steps. On the first held-out rows
+of the rewarded task, `n` rationales are drawn at temperature 1 for each row: by the supervised checkpoint, which is what
+the arms start from, and by each arm and seed that differs from it. A gold answer's probability is that of the answerer of
+each pair, after each rationale. The posterior is estimated from the drawings of the supervised checkpoint by weights
 (`vlm_reward.lacot.forecast`): it is what an arm that matches its target at this reward temperature would say, and was known
 before any arm was trained. Arms of GRPO and those whose reward is a rubric have other targets.
 
@@ -22,6 +23,9 @@ last line is JSON; `ok` says that every line has its numbers and that the poster
 import argparse
 import json
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,21 +148,38 @@ def check(folder: Path) -> StudyConfig:
     return cfg
 
 
+def small_study(root: Path) -> Path:
+    """Run one arm of the pocket's study with one seed; the folder of the study."""
+    pocket = Path(__file__).resolve().parent.parent / "configs/lacot/pocket.yaml"
+    flags = {"seeds": "[0]", "arms": "{sft: {}, rgfn: {algorithm: rgfn}}", "rgfn.steps": "40", "select": "null"}
+    flags |= {"eval.tasks": "{scenes/relation: 60}", "eval.samples": "1", "save_checkpoints": "true", "workers": "1"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", "import sys; from vlm_reward.cli import main; sys.exit(main())", "study"]
+    subprocess.run([*command, str(pocket), "--root", str(root), *words], check=True, stdout=subprocess.DEVNULL)
+    return only([path.parent for path in root.glob("*/study.yaml")], str(root))
+
+
 def main() -> None:
     """Print a table as it fills; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="of a finished study; without it a small one is run")
     parser.add_argument("--rows", type=int, default=60, help="held-out rows")
     parser.add_argument("--n", type=int, default=48, help="rationales of each")
     parser.add_argument("--seed", type=int, default=1, help="of the drawings")
     parser.add_argument("--reward-temperature", type=float, default=1.0, help="tau of the posterior")
     parser.add_argument("--batch-size", type=int, default=64, help="rationales at a time")
     options = parser.parse_args()
-    cfg = check(options.folder)
+    with tempfile.TemporaryDirectory() as made:
+        compare(options.folder or small_study(Path(made)), options)
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Measure the checkpoints of a study, line by line."""
+    cfg = check(folder)
     torch.set_num_threads(cfg.threads)
     rows, found = asked_rows(cfg, options.rows), []
     request = Request(cfg, rows, options.n, options.seed, options.batch_size)
-    for line in lines(request, options.folder, options.reward_temperature):
+    for line in lines(request, folder, options.reward_temperature):
         found.append(line)
         head, rule, *rest = markdown_table(pd.DataFrame(found).drop(columns="effective size", errors="ignore")).split(
             "\n"
