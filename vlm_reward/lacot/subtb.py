@@ -15,7 +15,7 @@ import torch
 from .turns import Turns, follow
 from ..policy.branches import Branch, Packed, pack, real_tokens
 from ..policy.families import packing_problem, take_prompts
-from ..policy.packing import group_members, split_groups
+from ..policy.packing import best_row, group_members, split_groups
 from ..policy.prefill import picture_counts
 from ..policy.scoring import Query, install_scoring
 
@@ -181,7 +181,7 @@ def sampler_scores(
     *,
     member: Sequence[int] | None = None,  # the question of each; None: there is one
     bounds: Bounds = FREE,  # of the drawing
-    row_tokens: int | None = None,  # of a row with more than one rationale; None: a row per question
+    row_tokens: int | None = None,  # of a row with more than one rationale; None: as many as cost least
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # of each: (n,) log q(z_t | s_{t-1}), (n + 1,) log q(T | s_t)
     """Score rationales, and their end at every state, in one forward; gradients flow.
 
@@ -212,10 +212,10 @@ def packed_scores(
     row_tokens: int | None,  # of a row with more than one rationale
 ) -> list[torch.Tensor]:  # of each rationale: (n + 1, 2 + b) nats
     "Rationales of a question as branches of one row, or of as many as they need."
-    if row_tokens is not None:
-        start = (real_tokens(inputs).sum(1) + len(turns.opening)).tolist()
-        rows = split_groups(groups, [len(z) for z in texts], start, row_tokens)
-        inputs, groups = take_questions(model, inputs, [row for row, _ in rows]), [own for _, own in rows]
+    start = (real_tokens(inputs).sum(1) + len(turns.opening)).tolist()
+    most = best_row(model, inputs) if row_tokens is None else row_tokens
+    rows = split_groups(groups, [len(z) for z in texts], start, most)
+    inputs, groups = take_questions(model, inputs, [row for row, _ in rows]), [own for _, own in rows]
     opening = Branch(inputs["input_ids"].new_tensor(turns.opening))
     packed = pack(model, inputs, [[opening, *(Branch(texts[i], 0) for i in group)] for group in groups])
     install_scoring(model)
