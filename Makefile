@@ -62,9 +62,9 @@ test: export HF_HUB_OFFLINE = 1
 test: export TOKENIZERS_PARALLELISM = false
 test: export OMP_NUM_THREADS = 1
 test: venv ## prove the whole book
-	@for step in lint synced wheel chapters pages unit; do \
-		start=$$SECONDS; echo "---- $$step"; $(MAKE) --no-print-directory $$step || exit 1; \
-		[ $$step = unit ] || echo "---- $$step: $$((SECONDS - start)) s"; \
+	@for step in "-j 2 --output-sync lint synced wheel" chapters pages unit; do \
+		start=$$SECONDS; echo "---- $${step##*sync }"; $(MAKE) --no-print-directory $$step || exit 1; \
+		[ "$$step" = unit ] || echo "---- $${step##*sync }: $$((SECONDS - start)) s"; \
 	done
 
 clean: ## remove what was built, the environment and the runs stay

@@ -496,7 +496,7 @@ def problems(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("site")
     (folder / "good.html").write_text(GOOD)
     (folder / "bad.html").write_text(BAD)
-    return list(check_site.inspect(folder, None).problems)
+    return list(check_site.inspect(folder, None, jobs=2).problems)
 
 
 def test_a_good_page_has_no_problem(problems):

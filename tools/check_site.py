@@ -8,7 +8,9 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 from playwright.sync_api import ConsoleMessage, Page, Request, Response, sync_playwright
@@ -72,7 +74,7 @@ class Inspector:
         self.at = ""
         self.problems: dict[str, None] = {}  # ordered, each once
         self.anchors: dict[str, set[str]] = {}
-        self.links: set[tuple[str, str]] = set()
+        self.links: set[tuple[str, str]] = set()  # page, address; below the site without the site's own
 
     def say(self, text: str) -> None:
         """Note a problem of the current page."""
@@ -115,7 +117,7 @@ class Inspector:
             for item in found:
                 self.say(f"{name} ({view}): {item}")
         self.anchors[page] = set(seen["ids"])
-        self.links |= {(page, link) for link in seen["links"]}
+        self.links |= {(page, link.removeprefix(self.base)) for link in seen["links"]}
         if self.shots:
             tab.screenshot(path=self.shots / f"{page.replace('/', '_')}.{view}.png", full_page=True)
 
@@ -125,10 +127,10 @@ class Inspector:
     ) -> None:
         """Check that every link inside the site leads somewhere."""
         for page, link in sorted(self.links):
-            if not link.startswith(self.base):
+            if "://" in link:
                 continue
             self.at = page
-            file, _, anchor = link[len(self.base) :].partition("#")
+            file, _, anchor = link.partition("#")
             file = file or "index.html"
             if not (folder / file).is_file():
                 self.say(f"dead link: {file}")
@@ -153,13 +155,13 @@ class Inspector:
             self.say(f"the first hit does not hold the word: {tab.url}")
 
 
-def inspect(
+def visited(
     folder: Path,  # the site
+    pages: list[str],  # paths below it
     word: str | None,  # what to search for; None leaves the search out
-    shots: Path | None = None,  # where to put pictures of the pages
-) -> Inspector:  # with what it found
-    """Visit every page in every view, then follow links and search."""
-    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    shots: Path | None,  # where to put pictures of the pages
+) -> tuple[dict[str, None], dict[str, set[str]], set[tuple[str, str]]]:  # problems, anchors, links
+    """Visit some pages in every view, in a browser of their own."""
     with served(folder) as base, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=SWITCHES)
         inspector = Inspector(base, shots)
@@ -169,23 +171,45 @@ def inspect(
             for page in pages:
                 inspector.visit(tab, page, view)
             tab.close()
-        inspector.follow(folder)
         if word:
             inspector.search(browser.new_page(), pages[0], word)
         browser.close()
-    return inspector
+    return inspector.problems, inspector.anchors, inspector.links
+
+
+def inspect(
+    folder: Path,  # the site
+    word: str | None,  # what to search for; None leaves the search out
+    shots: Path | None = None,  # where to put pictures of the pages
+    jobs: int = 1,  # browsers at the same time
+) -> Inspector:  # with what was found
+    """Visit every page in every view and search, then follow links."""
+    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    parts = [some for some in (pages[i::jobs] for i in range(jobs)) if some]
+    words = [word, *[None] * len(parts)]
+    whole = Inspector("", shots)
+    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
+        asked = [pool.submit(visited, folder, some, word, shots) for some, word in zip(parts, words, strict=False)]
+        for one in asked:
+            problems, anchors, links = one.result()
+            whole.problems |= problems
+            whole.anchors |= anchors
+            whole.links |= links
+    whole.follow(folder)
+    return whole
 
 
 def main() -> int:
     """Print the problems; the exit code is 1 when there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shots", type=Path, help="folder for a picture of each page in each view")
+    parser.add_argument("--jobs", type=int, default=2, help="browsers at the same time (default 2)")
     args = parser.parse_args()
     if args.shots:
         args.shots.mkdir(parents=True, exist_ok=True)
     if not (DOCS / "index.html").exists():
         raise SystemExit(f"no site in {DOCS}: build it first")
-    found = inspect(DOCS, "reward", args.shots)
+    found = inspect(DOCS, "reward", args.shots, args.jobs)
     print(*found.problems, sep="\n")
     print(f"{len(found.anchors)} pages, {len(VIEWS)} views, {len(found.links)} links, {len(found.problems)} problems")
     return bool(found.problems)
