@@ -175,7 +175,7 @@ class RGFNTrainer(Trainer):
             self.warn_of_leak()
 
     def warn_of_leak(self) -> None:
-        "Tell, once, that probability leaks."
+        "Tell, once, what ruins the sampler."
         told = None if self.warned else leak_warning(self.metrics)
         if told:
             self.warned = True

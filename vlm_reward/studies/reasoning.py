@@ -16,11 +16,10 @@ from typing import Any, Literal
 from ..core.config import ConfigError, setting
 from ..core.rows import Row
 from ..data.behaviours import MIXTURE, demonstrate
-from ..lacot.answered import scored_text
 from ..lacot.bin import answerer_of, think
 from ..lacot.drawing import Answer, Rationale
 from ..lacot.lessons import Lessons
-from ..lacot.turns import Turns, turns_of
+from ..lacot.turns import Turns, scored_text, turns_of
 from ..policy.sampling import Sample, sample
 from .evaluate import is_all_answer
 from ..train.sft import Example
