@@ -282,6 +282,39 @@ def test_lines_are_those_between_exact_values(length, interval, empty):
     torch.testing.assert_close(lines, torch.from_numpy(interpolate(exact, interval)).float(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("interval", [1, 2, 8, 100])
+def test_no_line_starts_at_a_state_that_is_no_end(interval):
+    "With a least length of 3 tokens, what `empty` says has no effect on the states where a rationale can end."
+    model, turns, inputs, texts, answer = asked("llava", (11, 6, 4, 3))
+    exact = token_rewards(model, turns, inputs, texts, answer)
+    off, turn = (
+        token_rewards(model, turns, inputs, texts, answer, interval=interval, empty=empty, first=3)
+        for empty in ("off", "turn")
+    )
+    for z, whole, one, two in zip(texts, exact, off, turn, strict=True):
+        assert torch.equal(one, two) and len(one) == len(z) + 1
+        lines = interpolate(whole[3:], interval)
+        torch.testing.assert_close(one[3:], torch.from_numpy(lines).float(), atol=1e-4, rtol=0)
+        assert one.isfinite().all() and (one[:3] == one[3]).all()  # a loss may mask them, gradients and all
+    if interval == 8:  # without a first state, lines between anchors carry R_0 up to the eighth
+        off, turn = (token_rewards(model, turns, inputs, texts, answer, interval=8, empty=e) for e in ("off", "turn"))
+        assert (off[0][3:8] - turn[0][3:8]).abs().min() > 0.1
+
+
+def test_states_before_the_first_cost_nothing():
+    model, turns, inputs, (z, *_), answer = asked("llava", (11,))
+    (parts,) = reward_parts(model, turns, inputs, [z], answer, interval=4, first=2)
+    whole = reward_parts(model, turns, inputs, [z], answer)[0]
+    assert parts.at.tolist() == [2, 6, 10, 11]
+    for one, other in zip(parts[1:], whole[1:], strict=True):
+        torch.testing.assert_close(one, other[parts.at], atol=1e-4, rtol=0)
+    shorter = reward_parts(model, turns, inputs, [z[:2], []], answer, first=5)
+    assert [own.at.tolist() for own in shorter] == [[2], [0]]
+    two, none = token_rewards(model, turns, inputs, [z[:2], []], answer, first=5)
+    torch.testing.assert_close(two, two[-1:].expand(3))
+    torch.testing.assert_close(none, token_rewards(model, turns, inputs, [[]], answer)[0], atol=1e-4, rtol=0)
+
+
 def test_only_anchors_are_looked_at():
     model, turns, inputs, (z, *_), answer = asked("llava", (11,))
     met = []
@@ -451,6 +484,7 @@ def test_what_is_refused():
     refusal(
         "want chunk and rows_at_once of at least 1, got 8 and 0", *call, inputs, texts, answer, chunk=8, rows_at_once=0
     )
+    refusal("first -1 is no state", *call, inputs, texts, answer, first=-1)
     refusal("interval 0 is no distance", *call, inputs, texts, answer, interval=0)
     placeholder = image_token_ids(model)[0]
     refusal(f"holds the placeholder {placeholder}", *call, inputs, [[20, placeholder]], answer)
