@@ -20,7 +20,7 @@ from test_policy_packing import (
 )
 
 from vlm_reward.lacot import subtb
-from vlm_reward.lacot.subtb import group_loss, mean_pair_loss, sampler_scores, subtb_loss, weighted_pair_loss
+from vlm_reward.lacot.subtb import Bounds, group_loss, mean_pair_loss, sampler_scores, subtb_loss, weighted_pair_loss
 from vlm_reward.lacot.turns import encode_questions, follow, turns_of
 from vlm_reward.policy.families import image_token_ids, lora_targets, packing_problem
 
@@ -344,6 +344,30 @@ def test_scores_are_those_of_a_plain_forward(family):
     torch.testing.assert_close(joined(scores), plain, atol=1e-5, rtol=0)
     weights = torch.linspace(-1, 2, len(plain))
     assert_same_gradients(gradients(model, joined(scores) @ weights), gradients(model, plain @ weights))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(("least", "most"), [(0, 5), (3, 5), (4, 9)])
+def test_scores_are_the_law_of_the_drawing(family, least, most):
+    "The softmax over what may be drawn: with the end forbidden, never drawn tokens, and a certain end."
+    model, turns, inputs, texts = asked(family, (5, 3, 4))
+    never = tuple(token for token in range(30, 60) if not any(token in z for z in texts))[:2]
+    scores = sampler_scores(model, turns, inputs, texts, bounds=Bounds(least, most, never))
+    wanted = []
+    for z in texts:
+        grown = follow(model, inputs, [[*turns.opening, *z]])
+        logits = model(**grown).logits[0, -len(z) - 1 :]
+        forbidden = torch.zeros_like(logits, dtype=torch.bool)
+        forbidden[:, list(never)] = True
+        forbidden[:least, turns.stop] = True
+        law = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
+        end = torch.cat([law[:-1, turns.stop], law.new_zeros(1)]) if len(z) == most else law[:, turns.stop]
+        wanted.append((law[range(len(z)), z], end))
+    plain, ours = joined(zip(*wanted, strict=True)), joined(scores)
+    assert (plain.exp() == 0).sum() == sum(min(least, len(z) + 1) for z in texts)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+    real = ~plain.isneginf()
+    assert_same_gradients(gradients(model, ours[real].sum()), gradients(model, plain[real].sum()))
 
 
 @settings(max_examples=25, deadline=None)

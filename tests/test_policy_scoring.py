@@ -105,6 +105,28 @@ def test_a_state_may_be_asked_for_several_tokens(size, several, chunk, temperatu
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * (1 + gradient.abs().max().item()), rtol=0)
 
 
+def test_tokens_that_are_left_out_leave_the_others_their_shape():
+    "Also where the one left out has all but everything: what the rest share cannot be got by subtraction."
+    model, _ = small("llava")
+    states = (60 * torch.randn(6, 32, generator=torch.Generator().manual_seed(3))).requires_grad_()
+    whole = own_logits(model, states)
+    best, second = whole.topk(2).indices.T
+    forbidden = torch.zeros_like(whole, dtype=torch.bool).scatter(1, best[:, None], True)
+    forbidden[3] = False  # nothing is left out there
+    without = best[:, None].clone()
+    without[3] = -1
+    query = Query(second, torch.stack([second, best], 1), chunk=4, without=without, entropy=True)
+    (chosen, entropy), law = (
+        score_states(model, states, query),
+        whole.masked_fill(forbidden, -torch.inf).log_softmax(-1),
+    )
+    torch.testing.assert_close(chosen, law.gather(-1, query.tokens), atol=2e-5, rtol=1e-6)
+    assert chosen[:, 1].isneginf().tolist() == [True] * 3 + [False] + [True] * 2
+    torch.testing.assert_close(entropy, torch.special.entr(law.exp()).sum(-1), atol=2e-5, rtol=0)
+    ours, theirs = (torch.autograd.grad(scores.sum(), states)[0] for scores in (chosen[:, 0], law[range(6), second]))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_one_token_in_a_column_is_one_token():
     model, _ = fresh("llava")
     install_scoring(model)

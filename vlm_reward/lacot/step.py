@@ -169,7 +169,7 @@ def balance_loss(
     stops: Sequence[torch.Tensor],  # of each: (n + 1,) log q(T | z_1..t), -inf where it must not end
     settings: RGFNSettings,
 ) -> torch.Tensor:  # scalar, nats squared
-    "The mean loss of the rationales of one question."
+    "The mean loss of the rationales of one question; with a least length, and that between them."
     between = torch.tensor(0.0)
     if settings.balance == "group" or settings.min_tokens:
         log_q = torch.stack([z.sum() + stop[-1] for z, stop in zip(logprobs, stops, strict=True)])
@@ -274,7 +274,8 @@ def outcome_of(
     lines = [rationale_line(work.row, i, z, work.paid, kept[i], log_q.get(i)) for i, z in enumerate(work.drawn)]
     there = len(work.texts) > len(work.drawn)
     reference = work.paid.log_rewards[-1].item() if there else None
-    between = len(chosen) > 1 and (settings.balance == "group" or settings.min_tokens > 0)
+    several = len({tuple(map(int, work.texts[i])) for i in chosen}) > 1
+    between = several and (settings.balance == "group" or settings.min_tokens > 0)
     within = settings.balance == "subtb" and any(len(work.texts[i]) > settings.min_tokens for i in chosen)
     return Outcome(loss, within or between, lines, reference, log_q.get(len(work.drawn)))
 

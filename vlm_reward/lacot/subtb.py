@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'mean_pair_loss', 'weighted_pair_loss', 'subtb_loss', 'check_shapes', 'group_loss', 'Bounds', 'as_drawn',
-           'asked_of', 'sampler_query', 'sampler_scores', 'packed_scores', 'plain_scores', 'take_questions']
+           'state_query', 'sampler_query', 'sampler_scores', 'packed_scores', 'plain_scores', 'take_questions']
 
 # %% ../../nbs/lacot/06_subtb.ipynb #528b64c4
 from collections.abc import Mapping, Sequence
@@ -128,33 +128,31 @@ FREE = Bounds()  # the policy as it is
 
 
 def as_drawn(
-    scores: torch.Tensor,  # log p of a rationale's states: (n + 1, 2 + b) its next token, T, those never drawn
+    scores: torch.Tensor,  # of a rationale's states: (n + 1, 2) log q of its next token, and of T
     bounds: Bounds,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (n,) log q(z_t | s_{t-1}); (n + 1,) log q(T | s_t), -inf where forbidden
-    """The law by which a rationale is drawn.
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n,) log q(z_t | s_{t-1}); (n + 1,) log q(T | s_t)
+    """Take the scores of a rationale apart, with a certain end after the last token that it may have.
 
-    - Range: at most 0, nats.
     - Raises: `ValueError` for a rationale of more tokens than can be drawn.
     """
-    n, (some, end) = len(scores) - 1, scores[:, :2].unbind(1)
+    n, (some, end) = len(scores) - 1, scores.unbind(1)
     if bounds.max_tokens is not None and n > bounds.max_tokens:
         raise ValueError(f"a rationale of {n} tokens cannot be drawn: want at most max_tokens {bounds.max_tokens}")
-    early = torch.arange(n + 1, device=scores.device) < bounds.min_tokens
-    forbidden = scores[:, 2:].exp().sum(1) + torch.where(early, end.exp(), 0.0)
-    left = torch.log1p(-forbidden.clamp(max=1 - 1e-6))  # log of what the others share
-    stops = (end - left).masked_fill(early, -torch.inf)
-    if n == bounds.max_tokens:
-        stops = torch.cat([stops[:-1], torch.zeros_like(stops[-1:])])
-    return (some - left)[:-1], stops
+    return some[:-1], torch.cat([end[:-1], torch.zeros_like(end[-1:])]) if n == bounds.max_tokens else end
 
 
-def asked_of(
-    follows: torch.Tensor,  # (n,) the token that follows each state
+def state_query(
+    index: torch.Tensor,  # (n,) states
+    step: torch.Tensor,  # (n,) tokens of the rationale before each
+    follows: torch.Tensor,  # (n,) the token that follows each
     turns: Turns,
     bounds: Bounds,
-) -> torch.Tensor:  # (n, 2 + b) that token, T, those never drawn
-    "The tokens whose probability is asked of each state."
-    return torch.cat([follows[:, None], follows.new_tensor([turns.stop, *bounds.never]).expand(len(follows), -1)], 1)
+) -> Query:
+    "Ask states for the token that follows and for the end, among what may be drawn there."
+    early = torch.where(step < bounds.min_tokens, turns.stop, -1)
+    never = follows.new_tensor(bounds.never).expand(len(follows), -1)
+    tokens = torch.stack([follows, torch.full_like(follows, turns.stop)], 1)
+    return Query(index, tokens, without=torch.cat([early[:, None], never], 1))
 
 
 def sampler_query(
@@ -162,15 +160,16 @@ def sampler_query(
     turns: Turns,
     bounds: Bounds = FREE,
 ) -> Query:  # a line per state, rationale by rationale
-    "Ask every state of every rationale for its next token (T at the end), for the end, and for what is never drawn."
+    "Ask every state of every rationale for its next token (T at the end), and for the end."
     width, ids = packed.inputs["input_ids"].shape[1], packed.inputs["input_ids"].flatten()
-    index, follows = [ids.new_empty(0)], [ids.new_empty(0)]
+    index, step, follows = [ids.new_empty(0)], [ids.new_empty(0)], [ids.new_empty(0)]
     for row, (opening, *rationales) in enumerate(packed.segments):
         for segment in rationales:
             own = torch.arange(segment.start, segment.stop, device=ids.device) + row * width
             index += [own.new_tensor([opening.stop - 1 + row * width]), own]
+            step += [torch.arange(len(own) + 1, device=ids.device)]
             follows += [ids[own], ids.new_tensor([turns.stop])]
-    return Query(torch.cat(index), asked_of(torch.cat(follows), turns, bounds))
+    return state_query(torch.cat(index), torch.cat(step), torch.cat(follows), turns, bounds)
 
 
 def sampler_scores(
@@ -210,7 +209,7 @@ def packed_scores(
     groups: list[list[int]],  # rationales of each question
     bounds: Bounds,
     row_tokens: int | None,  # of a row with more than one rationale
-) -> list[torch.Tensor]:  # of each rationale: (n + 1, 2 + b) nats
+) -> list[torch.Tensor]:  # of each rationale: (n + 1, 2) nats
     "Rationales of a question as branches of one row, or of as many as they need."
     start = (real_tokens(inputs).sum(1) + len(turns.opening)).tolist()
     most = best_row(model, inputs) if row_tokens is None else row_tokens
@@ -231,15 +230,16 @@ def plain_scores(
     inputs: Mapping[str, Any],  # model inputs of one question
     text: torch.Tensor,  # Z: (n,) ids
     bounds: Bounds,
-) -> torch.Tensor:  # (n + 1, 2 + b) nats
+) -> torch.Tensor:  # (n + 1, 2) nats
     "The same for one rationale, in a row of its own."
     opening = text.new_tensor(turns.opening)
     grown = follow(model, inputs, [torch.cat([opening, text])])
     size = grown["input_ids"].shape[1]
-    tokens = asked_of(torch.cat([text, text.new_tensor([turns.stop])]), turns, bounds)
+    step = torch.arange(len(text) + 1, device=text.device)
+    follows = torch.cat([text, text.new_tensor([turns.stop])])
     install_scoring(model)
-    index = torch.arange(size - len(text) - 1, size, device=text.device)
-    return model(**grown, score=Query(index, tokens), use_cache=False).logprobs
+    query = state_query(step + size - len(text) - 1, step, follows, turns, bounds)
+    return model(**grown, score=query, use_cache=False).logprobs
 
 
 def take_questions(
