@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -172,9 +173,74 @@ def test_settings_without_a_step_are_refused(pocket, wrong):
 
 
 def test_further_fields_go_to_transformers_and_unknown_ones_are_refused(pocket):
-    told = sft.training_arguments(SFTSettings(batch_size=8, trainer={"per_device_train_batch_size": 2}), "unused")
-    assert (told.per_device_train_batch_size, told.save_strategy) == (2, "no")
+    further = {"gradient_accumulation_steps": 2, "logging_steps": 3, "report_to": "tensorboard"}
+    told = sft.training_arguments(SFTSettings(batch_size=8, trainer=further), "unused")
+    assert (told.per_device_train_batch_size, told.gradient_accumulation_steps, told.save_strategy) == (8, 2, "no")
+    assert (told.logging_steps, told.report_to) == (3, ["tensorboard"])
     with pytest.raises(ValueError, match=r"trainer\.bf61: TrainingArguments has no such field; did you mean bf16"):
         train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer={"bf61": True}))
     with pytest.raises(ValueError, match=r"trainer\.zzz: .* field; transformers' documentation lists them$"):
         train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer={"zzz": True}))
+
+
+def refusal(pocket, **trainer):
+    with pytest.raises(ValueError) as error:
+        train_sft(*pocket, examples(1), SFTSettings(steps=1, trainer=trainer))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "owner"),
+    [
+        ("max_steps", 7, "steps"),
+        ("num_train_epochs", 3, "steps"),
+        ("per_device_train_batch_size", 2, "batch_size"),
+        ("learning_rate", 0.1, "lr"),
+        ("warmup_steps", 3, "warmup"),
+        ("lr_scheduler_type", "cosine", "decay"),
+        ("weight_decay", 0.5, "weight_decay"),  # the optimizer is ours, and would not hear of it
+        ("adam_beta2", 0.5, "beta2"),
+        ("adam_beta1", 0.5, "optimizer"),
+        ("optim", "sgd", "optimizer"),
+        ("max_grad_norm", 9.0, "max_grad_norm"),
+        ("dataloader_num_workers", 1, "loaders"),
+        ("train_sampling_strategy", "sequential", "shuffle"),
+        ("seed", 0, "seed"),
+        ("data_seed", 5, "seed"),
+    ],
+)
+def test_a_field_that_a_setting_owns_is_refused(pocket, name, value, owner):
+    "Else it would win over the setting, or be ignored."
+    told = refusal(pocket, **{name: value})
+    assert told == f"trainer.{name}: {value!r} belongs to {owner}; take it out of trainer"
+
+
+def test_whatever_is_handed_to_transformers_is_owned_and_exists(monkeypatch):
+    "The table cannot drift from the arguments: it is what they are made of."
+    handed, free = {}, {"logging_steps", "report_to", "disable_tqdm"}
+    ours, known = sft.owned_fields(SFTSettings()), {f.name for f in fields(sft.TrainingArguments)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "TrainingArguments", lambda **words: handed.update(words))
+        sft.training_arguments(SFTSettings(), "unused")
+    assert set(handed) - free == set(ours) and free < set(handed)
+    assert (set(ours) | set(sft.ALIASES) | set(sft.USELESS)) <= known
+    assert not set(ours) & set(sft.ALIASES) and not (set(ours) | set(sft.ALIASES)) & set(sft.USELESS)
+    names = {f.name for f in fields(SFTSettings)}
+    for owner in {owner for owner, _ in ours.values()} | set(sft.ALIASES.values()):
+        assert owner.startswith("the ") or owner in names
+
+
+def test_what_is_of_no_use_is_refused_with_the_reason(pocket):
+    evaluated = "of no use: no rows are evaluated while it trains"
+    assert evaluated in refusal(pocket, eval_strategy="steps")
+    assert evaluated in refusal(pocket, load_best_model_at_end=True)
+    assert "writes no checkpoints" in refusal(pocket, save_steps=5)
+    assert "does not shift the labels" in refusal(pocket, label_smoothing_factor=0.1)
+
+
+def test_transformers_smooths_labels_without_a_shift_for_models_with_pictures(pocket):
+    "Which is why it is refused: if this fails, it need no longer be."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert pocket[0]._get_name() not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
