@@ -9,7 +9,14 @@ from transformers import TrainingArguments
 import vlm_reward.lacot.settings as settings_module
 from vlm_reward.core.config import ConfigError, from_dict
 from vlm_reward.core.settings import describe_fields
-from vlm_reward.lacot.settings import ALIASES, RGFNSettings, check_request, owned_fields, training_arguments
+from vlm_reward.lacot.settings import (
+    ALIASES,
+    USELESS,
+    RGFNSettings,
+    check_request,
+    owned_fields,
+    training_arguments,
+)
 from vlm_reward.studies.design import StudyConfig, plan
 
 FREE = {"report_to": "tensorboard", "disable_tqdm": False}  # defaults of ours that a designer may change
@@ -69,6 +76,34 @@ def test_aliases_and_owners_exist():
     names = {f.name for f in fields(RGFNSettings)}
     for owner, _ in ours.values():
         assert owner.startswith("the ") or set(owner.split(" and ")) <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("eval_strategy", "steps", "no rows are evaluated while it trains"),
+        ("load_best_model_at_end", True, "no rows are evaluated while it trains, so no checkpoint is the best"),
+        ("label_smoothing_factor", 0.1, "the loss is balance, which knows no labels"),
+        ("neftune_noise_alpha", 5.0, "rationales are scored as they are drawn, without noise"),
+    ],
+)
+def test_what_is_of_no_use_is_refused_with_the_reason(name, value, why):
+    "transformers would stop the first with an error of several sentences, and run the others without effect."
+    assert refusal(**{name: value}) == f"trainer.{name}: {value!r} is of no use: {why}; take it out of trainer"
+    assert not set(USELESS) & (set(ALIASES) | set(owned_fields(RGFNSettings())))
+    assert set(USELESS) <= {f.name for f in fields(TrainingArguments)}
+
+
+def test_what_precedes_a_least_length_needs_two_rationales():
+    "With one, nothing balances the tokens before it: of min_tokens 8 and max_tokens 8 the loss would be 0, silently."
+    alone = {"rationales": 1, "reference": False}
+    for most in (8, 20):
+        with pytest.raises(ValueError, match=r"min_tokens: what precedes token 8 is learned by comparing .* got 1$"):
+            check_request(RGFNSettings(min_tokens=8, max_tokens=most, **alone), [{}] * 8)
+    with pytest.raises(ValueError, match=r"balance: 'group' compares rationales of a question, .* got 1$"):
+        check_request(RGFNSettings(balance="group", min_tokens=8, **alone), [{}] * 8)
+    for enough in (alone, {"min_tokens": 8, "rationales": 1}, {"min_tokens": 8, "rationales": 2, "reference": False}):
+        check_request(RGFNSettings(**enough), [{}] * 8)
 
 
 def test_what_nobody_owns_reaches_transformers():
