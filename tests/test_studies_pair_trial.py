@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vlm_reward import cli
 from vlm_reward.core.config import load_config
+from vlm_reward.lacot import step
 from vlm_reward.lacot.pair import add_lora, has_adapters
 from vlm_reward.lacot.settings import RGFNSettings
 from vlm_reward.policy.families import load_policy
@@ -32,7 +33,7 @@ from vlm_reward.studies.pair_trial import (
     in_trls_words,
 )
 from vlm_reward.studies.reasoning import ReasoningConfig
-from vlm_reward.studies.trial import check_groups, check_length, check_memory
+from vlm_reward.studies.trial import Steps, check_groups, check_length, check_memory
 from vlm_reward.train.grpo import GRPOSettings
 from vlm_reward.worlds.scenes import scene_rows
 
@@ -146,6 +147,42 @@ def test_rewards_that_teach_nothing(pair, algorithm, tmp_path):
     waits = pair(algorithm, f"{tmp_path / 'mine.py'}:same", stands_in=True)
     found_by(check_groups, waits, "look again when the supervised stage is done", state="warn")
     assert check_groups(pair(algorithm, f"{tmp_path / 'mine.py'}:size")).numbers["dead"] < 1
+
+
+@pytest.fixture
+def alike(monkeypatch):
+    "All rationales of a question are one."
+    draw = step.draw_rationales
+    monkeypatch.setattr(
+        step, "draw_rationales", lambda *a, n, **how: [each * n for each in draw(*a, **{**how, "n": 1})]
+    )
+
+
+def test_rationales_that_are_one_teach_by_their_prefixes(pair, alike):
+    excused = ("100% of 16 groups", "by its prefixes", "rgfn.rationales")
+    found_by(check_groups, pair("rgfn", "none", steps=8), *excused, state="warn")
+    found_by(check_groups, pair("rgfn", "none", steps=8, stands_in=True), "supervised stage", state="warn")
+    between = pair("rgfn", "none", rgfn={"balance": "group"}, steps=8)
+    found_by(check_groups, between, "nothing can be learnt")
+
+
+def test_rationales_that_are_one_and_have_no_prefixes(pair, alike):
+    whole = {"min_tokens": 3, "max_tokens": 3, "reference": False, "filter": "none"}
+    trial = pair("rgfn", "none", rgfn=whole, reasoning=replace(REASONING, min_tokens=3, max_tokens=3), steps=8)
+    with warnings.catch_warnings(action="ignore"):  # references that are too long
+        found_by(check_groups, trial, "100% of 16 groups", "nothing can be learnt")
+
+
+def test_some_groups_that_are_dead(pair):
+    some = {"frac_reward_zero_std": 0.75, "reward": 0.5, "reward_std": 0.1, "trained_frac": 1.0}
+    for kind, remedy in [
+        (("grpo",), "middle difficulty, or raise grpo.group_size"),
+        (("rgfn",), "rgfn.prior; take rows of middle difficulty"),
+        (("rgfn", "none"), "prefixes"),
+    ]:
+        trial = pair(*kind)
+        trial.made = {"usual": Steps(1.0, [some], 1.0, 9.0)}
+        found_by(check_groups, trial, "75% of 4 groups", remedy, state="warn")
 
 
 def test_answers_that_cannot_be_written(pair):

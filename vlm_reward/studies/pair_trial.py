@@ -126,10 +126,14 @@ class PairTrial(Trial):
 
     @property
     def excuse(self) -> str:
-        prior = self.likely and self.reward != "none" and self.rgfn.prior
-        return super().excuse or (
-            "all that is left to learn is the answerer's own likelihood, rgfn.prior" if prior else ""
-        )
+        usual = super().excuse
+        if usual or not self.likely:
+            return usual
+        if self.rgfn.balance == "subtb":
+            teaches = self.try_steps("usual").mean("trained_frac") > 0
+            return "each rationale teaches by its prefixes, but few are seen; raise rgfn.rationales" if teaches else ""
+        prior = "these teach the answerer's own likelihood alone, rgfn.prior; take rows of middle difficulty"
+        return prior if self.rgfn.prior and self.reward != "none" else ""
 
     @property
     def room(self) -> int:

@@ -79,7 +79,7 @@ class Trial(Start):
 
     @property
     def excuse(self) -> str:
-        "Why it is no reason to stop that all groups are dead; empty: it is one."
+        "Why it is no reason to stop that groups are dead; empty: it is one if all are."
         return "look again when the supervised stage is done" if self.stands_in else ""
 
     def place(self, name: str) -> str:
@@ -257,9 +257,8 @@ def check_groups(
         remedy = "take easier rows, a reward with partial credit, or a policy that sometimes succeeds"
         return Finding("groups", "fail", f"{why}: nothing can be learnt; {remedy}", numbers)
     if share > 0.5:
-        return Finding(
-            "groups", "warn", f"{why}; take rows of middle difficulty, or raise {trial.place('group_size')}", numbers
-        )
+        remedy = f"take rows of middle difficulty, or raise {trial.place('group_size')}"
+        return Finding("groups", "warn", f"{why}; {trial.excuse or remedy}", numbers)
     return Finding("groups", "pass", why, numbers)
 
 
