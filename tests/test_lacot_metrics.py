@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,9 +15,11 @@ from vlm_reward.lacot.metrics import (
     reference_note,
     step_metrics,
     steps_before,
+    told_of,
 )
 from vlm_reward.lacot.settings import RGFNSettings
-from vlm_reward.lacot.step import Question
+from vlm_reward.lacot.step import Outcome, Question
+from vlm_reward.train.trainer import Recorder
 
 
 def made(rewards, log_q, kept):
@@ -125,13 +128,43 @@ def test_a_collapse_is_told_although_nothing_is_filtered(name):
     step, told = until_told(made(rewards, log_q, [1.0] * len(rewards)))
     assert step <= 25 and told.startswith("the sampler collapses (log_reward ") and "\n" not in told
     assert "log_q/reference" in told and "lr" in told and "filter" not in told
-    alone = leak_warning([{"log_reward": r, "kept_frac": 1.0} for r in rewards])  # no row has a reference
-    assert alone is None or alone.startswith("the sampler collapses (log_reward ")
+    step, told = until_told([{"log_reward": r, "kept_frac": 1.0} for r in rewards])  # no row has a reference
+    assert step <= 25 and told.startswith("the sampler collapses (log_reward ") and "log_q/reference" not in told
 
 
 def test_a_collapse_is_told_without_any_reference():
     told = leak_warning([{"log_reward": m["log_reward"], "kept_frac": 1.0} for m in LEAK])
     assert told and told.startswith("the sampler collapses (log_reward -4.4 -> -25.7 within 30 steps)")
+
+
+@pytest.mark.parametrize("prior", [0.0, -4.0])
+def test_points_over_a_falling_temperature_are_no_collapse_and_no_leak(prior):
+    "With a rubric `log_reward` is points over the reward temperature, beside the prior: it falls when that is annealed."
+    taus = [max(0.3, 1 - 0.7 * k / 20) for k in range(30)]
+
+    def steps(points):
+        return [
+            {"log_reward": prior + p / tau, "reward": p, "reward_temperature": tau, "kept_frac": 1.0}
+            for p, tau in zip(points, taus, strict=True)
+        ]
+
+    constant = steps([-3.0] * 30)
+    assert until_told(constant) is None
+    strict = [m | {"log_q/reference": q, "kept_frac": 0.1} for m, q in zip(constant, ramp(-1, -4), strict=True)]
+    assert until_told(strict) is None
+    nan = [
+        {name: m.get(name, math.nan) for name in (*m, "log_q/reference")} for m in constant
+    ]  # as a run's table has it
+    assert until_told(nan) is None
+    told = leak_warning(steps(ramp(-3, -40)))
+    assert told and told.startswith(f"the sampler collapses (log_reward {prior - 5.55:.3g} -> {prior - 34.3:.3g} ")
+
+
+def test_a_likelihood_that_falls_while_its_temperature_does_is_a_collapse():
+    "It is not divided by the temperature, so nothing is to be undone."
+    steps = [m | {"reward_temperature": tau} for m, tau in zip(LEAK, ramp(1, 0.3), strict=True)]
+    assert leak_warning(steps) == leak_warning(LEAK)
+    assert leak_warning([m | {"reward": math.nan} for m in steps]) == leak_warning(LEAK)
 
 
 def test_a_collapse_is_told_while_the_filter_keeps_most():
@@ -197,7 +230,14 @@ def test_a_fall_is_clear_beyond_a_nat_and_the_noise(values, drop):
 
 def told(loss, **more):
     line = {"log_reward": -2.0, "kept": loss is not None, "n_tokens": 3, "finished": True}
-    return {"lines": [line], "reference": None, "reference_log_q": None, "too_long": False, "loss": loss} | more
+    return {
+        "lines": [line],
+        "reference": None,
+        "reference_log_q": None,
+        "too_long": False,
+        "loss": loss,
+        "paired": False,
+    } | more
 
 
 def test_what_trained_nothing_is_not_balanced():
@@ -206,6 +246,25 @@ def test_what_trained_nothing_is_not_balanced():
     nothing = step_metrics([told(None)])
     assert nothing["trained_frac"] == 0 and not {"loss", "residual"} & nothing.keys()
     assert step_metrics([told(0.0)])["residual"] == 0  # a perfect balance is one
+
+
+@pytest.mark.parametrize(
+    ("drawn", "reference", "pair"),
+    [
+        ([-2.5, -3.5], None, True),
+        ([-2.5, None], -1.5, True),  # a drawn rationale, and the reference
+        ([-2.5, -2.5], -2.5, False),  # the reference, drawn twice
+        ([-2.5, -2.5], None, False),
+        ([None, None], -1.5, False),  # a strict filter
+        ([None, None], None, False),
+    ],
+)
+def test_two_distinct_texts_are_a_pair(drawn, reference, pair):
+    "What precedes a least length is learned there alone."
+    lines = [{"log_q": q, "completion": "z", "log_reward": -2.0} for q in drawn]
+    outcome = Outcome(torch.tensor(1.0), True, lines, None, reference)
+    assert told_of(Question({}, [1], None, False), outcome, Recorder())["paired"] == pair
+    assert step_metrics([told(1.0, paired=pair), told(1.0)])["paired_frac"] == pair / 2
 
 
 def test_a_mean_over_steps_is_over_those_that_know():
