@@ -231,7 +231,52 @@ def test_references_that_are_missing_or_too_long(pair):
     assert check_guide(pair("rgfn", "none", rows=rows, rgfn={"filter": "none"})).state == "pass"
     short = pair("rgfn", "none", rgfn={"max_tokens": 3}, reasoning=replace(REASONING, max_tokens=3))
     with pytest.warns(UserWarning, match="are left out"):
-        found_by(check_guide, short, "100% of questions have a reference of more than 3 tokens", state="warn")
+        found_by(
+            check_guide,
+            short,
+            "references left out: 6 of 6 with more than 3 tokens",
+            "raise reasoning.max",
+            state="warn",
+        )
+    found = check_guide(short)
+    assert "fewer" not in found.why and "min_tokens" not in found.why
+
+
+def told_of_lengths(pair, least, most, rows=None):
+    "What is told of the references of a pair with such lengths; most of the pocket's have 12 tokens or 9."
+    bounds = {"min_tokens": least, "max_tokens": most}
+    trial = pair("rgfn", "none", rows=rows, rgfn=bounds, reasoning=replace(REASONING, **bounds))
+    with warnings.catch_warnings(action="ignore"):  # of the trainer
+        return trial, check_guide(trial)
+
+
+def test_references_that_are_too_short(pair):
+    trial, finding = told_of_lengths(pair, 0, 24)
+    sizes = trial.references
+    assert min(sizes) < 20 and "left out" not in finding.why
+    least = max(sizes) + 1
+    _, finding = told_of_lengths(pair, least, 24)
+    assert finding.state == "warn" and f"references left out: 6 of 6 with fewer than {least} tokens" in finding.why
+    assert "lower reasoning.min_tokens" in finding.why and "max_tokens" not in finding.why
+
+
+def test_references_that_are_too_short_and_others_too_long(pair):
+    texts = ["left", "left of the other one", " left" * 40, None]
+    rows = [{**row, "rationale": text} for row, text in zip(scene_rows("relation", 4, seed=3), texts, strict=True)]
+    trial, finding = told_of_lengths(pair, 3, 24, rows)
+    short, long = (sum(map(test, trial.references)) for test in (lambda n: n < 3, lambda n: n > 24))
+    assert (len(trial.references), short, long) == (3, 1, 1)
+    told = "1 of 3 with more than 24 tokens, 1 of 3 with fewer than 3 tokens"
+    assert told in finding.why and "raise reasoning.max_tokens, lower reasoning.min_tokens" in finding.why
+
+
+def test_few_questions_do_not_prove_that_none_teaches(pair):
+    alone = {"kept_frac": 0.5, "trained_frac": 0.0, "reference_frac": 1.0, "log_reward": -3.0}
+    for kept, steps, state in [(0.5, 2, "warn"), (0.5, 8, "fail"), (0.0, 2, "fail")]:
+        trial = pair("rgfn", steps=steps)
+        trial.made = {"usual": Steps(1.0, [alone | {"kept_frac": kept}], 1.0, 9.0)}
+        said = "nothing was learnt from so few questions" if state == "warn" else "nothing can be learnt"
+        found_by(check_guide, trial, said, "rgfn.tolerance", state=state)
 
 
 def test_prompts_leave_room_for_rationale_and_answer(pair, monkeypatch):
