@@ -542,7 +542,7 @@ def test_a_supervised_stage_that_is_not_done(study, tmp_path):
     other = trial_of(cfg, "plain", 0, tmp_path / "runs")
     assert not other.notes and not other.stands_in
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(ConfigError, match="only evaluated"):
+    with pytest.raises(ConfigError, match="only evaluated; choose one that is trained"):
         trial_of(cfg, "sft", 0, tmp_path / "runs")
     for wrong in ({"most": 0}, {"steps": 1}):
         with pytest.raises(ConfigError, match="at least 1 row and 2 steps"):

@@ -375,5 +375,5 @@ def test_the_trial_has_the_settings_of_the_run(tmp_path):
     paid, likely = (trial_of(cfg, arm, 5, tmp_path / "runs") for arm in ("paid", "likely"))
     assert (paid.likely, paid.settings.max_new_tokens, paid.settings.seed, paid.rgfn) == (False, 25, 5, cfg.rgfn)
     assert (likely.likely, likely.rgfn.seed, likely.rgfn.layout, likely.rgfn.max_tokens) == (True, 5, "section", 24)
-    with pytest.raises(ValueError, match="only evaluated"):
+    with pytest.raises(ValueError, match="only evaluated; choose one that is trained"):
         trial_of(cfg, "none", 0, tmp_path / "runs")

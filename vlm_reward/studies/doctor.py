@@ -131,7 +131,7 @@ def trial_of(
     """
     settings = arm_settings(cfg, arm, seed)
     if settings is None:
-        raise ConfigError(f"arm {arm!r} is only evaluated; choose an arm with a reward")
+        raise ConfigError(f"arm {arm!r} is only evaluated; choose one that is trained")
     if min(most, steps - 1) < 1:
         raise ConfigError(f"want at least 1 row and 2 steps, got {most} and {steps}")
     ground = load_ground(cfg)
