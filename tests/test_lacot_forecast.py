@@ -1,6 +1,8 @@
 "Forecast: weights by naive loops, targets by enumeration, scores by the other way of scoring pairs."
 
 import math
+import runpy
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -269,3 +271,16 @@ def test_a_forecast_of_a_statement_is_that_of_the_reference(pocket):
     assert len(own) and np.ptp(posterior_log_weights(own)) == 0
     want = thoughts.item() * (1 / 0.7 - 1) + matrix.item() / 0.7
     assert posterior_log_weights(own, reward_temperature=0.7)[0] == pytest.approx(want, abs=1e-3)
+
+
+def test_the_benchmark_calls_unplaced_what_does_not_place_both_objects():
+    "A guess of the chapter, which places nothing, is one kind of it; the benchmark's column has another name."
+    place = Path(__file__).resolve().parent.parent / "benchmarks/forecast.py"
+    if not place.is_file():
+        pytest.skip("no benchmarks beside the tests")
+    unplaced = runpy.run_path(str(place), run_name="benchmark")["unplaced"]
+    (row,) = scene_rows("relation", 1, seed=8)
+    asked = [f"{o['colour']} {o['shape']}" for o in row["objects"][:2]]
+    assert unplaced(row, "It looks like it.")
+    assert unplaced(row, f"The {asked[0]} is at a 2.")
+    assert not unplaced(row, row["rationale"])
