@@ -11,13 +11,15 @@ each pair, after each rationale. The posterior is estimated from the drawings of
 before any arm was trained. Arms of GRPO and those whose reward is a rubric have other targets.
 
 * answer probability: mean of P(Y | X, Z) over rationales;
-* guess: share of rationales that do not name both objects asked about; for rows about scenes only;
+* unplaced: share of rationales that do not place both objects asked about, which are those that place nothing (the
+  chapter's guesses) and those that place other objects; for rows about scenes only;
 * tokens: of a rationale, its end aside;
 * distinct: different texts per row, a count, which has no posterior.
 
 Intervals are 95 %, of means over rows, drawing rows. Estimates rest on the effective size, and a posterior at an
-effective size of a few drawings is one of these drawings. Ten seconds of one core for each checkpoint of the pocket. The
-last line is JSON; `ok` says that every line has its numbers and that the posterior rests on 10 drawings or more.
+effective size of a few drawings is one of these drawings. Ten seconds of one core for each checkpoint of the pocket; the
+small study before it takes 1 min 45 s on 2 cores that are busy with other work. The last line is JSON; `ok` says that
+every line has its numbers and that the posterior rests on 10 drawings or more.
 """
 
 import argparse
@@ -56,8 +58,8 @@ from vlm_reward.studies.evaluate import is_all_answer
 ENOUGH = 10  # drawings that a posterior should rest on
 
 
-def guesses(row: Row, text: str) -> bool:
-    """Whether a rationale leaves out one of the two objects asked about."""
+def unplaced(row: Row, text: str) -> bool:
+    """Whether a rationale does not place both objects asked about."""
     named = {name for name, *_ in read_claims(text)}
     return not {f"{o['colour']} {o['shape']}" for o in row["objects"][:2]} <= named
 
@@ -92,7 +94,7 @@ def drawings(request: Request, place: Mapping[str, Any], text: str | None) -> tu
     turns = turns_of(processor, cfg.reasoning.layout, cfg.reasoning.role)
     how = {"n": request.n, "max_tokens": cfg.reasoning.max_tokens, "batch_size": request.batch_size}
     drawn = score_drawings(model, processor, turns, rows, frozen=frozen, seed=request.seed, **how)
-    values = {"guess": guesses} if all(row.get("objects") for row in rows) else {}
+    values = {"unplaced": unplaced} if all(row.get("objects") for row in rows) else {}
     return drawn, value_columns(drawn, rows, values)
 
 
