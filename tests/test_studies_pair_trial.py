@@ -192,6 +192,15 @@ def test_answers_that_cannot_be_written(pair):
     assert found_by(check_answers, pair("rgfn", rows=some), "1 of 4", state="warn").numbers["too_long"] == 1
 
 
+def test_rows_that_ask_for_the_answer_alone(pair):
+    rows = scene_rows("relation", 4, seed=3)
+    bare = [{**row, "sections": []} for row in rows]
+    (found,) = examine(pair("grpo", rows=bare), {"answers": check_answers})
+    assert (found.state, found.numbers) == ("warn", {"replies": 0}) and "stopped" not in found.why
+    assert "all 4 rows: they ask for the answer alone" in found.why and "rows with sections" in found.why
+    assert check_answers(pair("grpo", rows=[*bare, rows[0]])).numbers["replies"] == 2
+
+
 def test_answers_that_are_cut_off(pair):
     trial = pair("grpo", reasoning=replace(REASONING, answer_tokens=1, max_tokens=1))
     trial.model = add_noise(trial.model)

@@ -181,6 +181,9 @@ def check_answers(
 ) -> Finding:
     "Do answers end by themselves, and is there room for the gold?"
     rows, most = [row for row in trial.share if not is_all_answer(row)], trial.reasoning.answer_tokens
+    if not rows:
+        why = f"{trial.seen}: they ask for the answer alone, so that the evaluation draws no rationale"
+        return Finding("answers", "warn", f"{why}; take rows with sections, or leave reasoning out", {"replies": 0})
     golds = [row["solution"] for row in rows if row.get("solution")]
     ids = [answer_ids(trial.turns, trial.processor, gold) for gold in golds]
     sizes = [len(each) - len(trial.turns.closing) for each in ids]
