@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from vlm_reward import cli
 from vlm_reward.core.config import load_config
-from vlm_reward.lacot import step
+from vlm_reward.core.terminal import Notice
+from vlm_reward.lacot import rgfn, step
 from vlm_reward.lacot.pair import add_lora, has_adapters
 from vlm_reward.lacot.settings import RGFNSettings
+from vlm_reward.lacot.turns import rationale_ids, turns_of
 from vlm_reward.policy.families import load_policy
-from vlm_reward.policy.specimens import specimen
+from vlm_reward.policy.specimens import SPECIMENS, specimen
 from vlm_reward.studies.checks import check_room
 from vlm_reward.studies.design import StudyConfig
 from vlm_reward.studies.doctor import CHECKS, checks_of, examine, record_of, trial_of
@@ -29,6 +31,7 @@ from vlm_reward.studies.pair_trial import (
     check_answers,
     check_guide,
     check_pair_gold,
+    filler,
     in_grpos_words,
     in_trls_words,
 )
@@ -129,6 +132,67 @@ def test_the_largest_batch_has_rationales_of_full_length(pair, algorithm):
     assert [round(m["completions/mean_length"]) for m in steps.metrics] == [30 + (algorithm == "grpo")] * 2
     if algorithm == "grpo":  # rgfn has room for the token that ends behind the last
         assert [m["completions/clipped_ratio"] for m in steps.metrics] == [1, 1]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    "Tokens of the texts of each question that are balanced, as the steps go on."
+    seen, balance = [], rgfn.balance_questions
+
+    def note(model, turns, inputs, works, settings, tolerance, never):
+        for work in works:
+            chosen, _ = step.choose(work, settings, tolerance)
+            seen.append([len(work.texts[i]) for i in chosen])
+        return balance(model, turns, inputs, works, settings, tolerance, never)
+
+    monkeypatch.setattr(rgfn, "balance_questions", note)
+    return seen
+
+
+@pytest.mark.parametrize("reward", ["none", "accuracy"])
+def test_the_largest_batch_has_a_reference_of_full_length(pair, scored, reward):
+    assert pair("rgfn", reward).try_steps("largest")
+    assert scored == [[30] * 4] * 4  # 3 that are drawn and the reference, of 2 questions in 2 steps
+
+
+def test_the_largest_batch_has_references_as_the_run_has(pair, scored):
+    rows = scene_rows("relation", 4, seed=3)
+    bare = [{**row, "rationale": None} for row in rows]
+    assert pair("rgfn", "none", rows=bare).try_steps("largest")
+    assert pair("rgfn", "none", rgfn={"reference": False}).try_steps("largest")
+    assert scored == [[30] * 3] * 8
+    scored.clear()
+    assert pair("rgfn", "none", rows=[*bare[:3], rows[3]]).try_steps("largest")
+    assert scored == [[30] * 4] * 4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("rgfn")])
+def test_a_sound_study_gives_no_notice(pair, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        trial = pair(**KINDS[kind])
+        findings = {f.name: f for f in examine(trial, checks_of(trial))}
+    assert findings["memory"].state == findings["time"].state == "pass", findings
+
+
+def test_what_is_noticed_is_told_once(pair):
+    rows = [{**row, "rationale": None} for row in scene_rows("relation", 4, seed=3)]
+    trial = pair("rgfn", "none", rows=rows)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        examine(trial, checks_of(trial))
+    told = [str(one.message) for one in seen if issubclass(one.category, Notice)]
+    assert len(told) == 1 and told[0].startswith("none of the 4 rows has a reference")
+
+
+@pytest.mark.parametrize("family", ["pocket", *SPECIMENS])
+def test_a_filler_has_as_many_tokens_as_are_asked_for(pocket, family):
+    processor = pocket[1] if family == "pocket" else specimen(family, hidden=32)[1]
+    for layout in ("turn", "section"):
+        turns = turns_of(processor, layout)
+        for n in (1, 2, 3, 30, 47, 256):
+            text = filler(processor, turns, n)
+            assert text is not None and len(rationale_ids(processor, text, turns)) == n
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rgfn"])

@@ -86,6 +86,10 @@ class Trial(Start):
         "Where the study sets a field."
         return self.places.get(name, f"grpo.{name}")
 
+    def lengthened(self, row: Row) -> Row:
+        "A row of the largest batch, with what else the run may read of it."
+        return row
+
     def still(self, steps: int, least: int) -> Any:
         "The settings of the run, at a learning rate of 0."
         settings, extra = self.settings, {}
@@ -179,7 +183,7 @@ def largest_steps(
     "Two steps with the longest prompts and the longest completions."
     length = {p.id: p.length for p in trial.prompts}
     rows = sorted(trial.share, key=lambda row: -length[str(row["id"])])[: trial.settings.prompts_per_step]
-    return make_steps(trial, rows, 2, trial.settings.max_new_tokens)
+    return make_steps(trial, [trial.lengthened(row) for row in rows], 2, trial.settings.max_new_tokens)
 
 
 def usual_steps(
