@@ -71,6 +71,17 @@ def test_exploration_settings_reach_the_temperatures(asked, monkeypatch):
     assert seen == [(3, 0.4, 0.7)]
 
 
+def test_with_a_least_length_no_line_starts_before_it(asked):
+    "What the sampler is paid does not depend on the worth of no rationale, also where log rewards lie on lines."
+    model, _, turns, question, inputs = asked
+    paid = [
+        pay_likelihood(model, turns, question, inputs, TEXTS, toy_settings(interval=3, min_tokens=2, empty=empty), 1.0)
+        for empty in ("turn", "off")
+    ]
+    for one, two in zip(*(some.states for some in paid), strict=True):
+        assert torch.equal(one[2:], two[2:])
+
+
 @pytest.mark.parametrize("sizes", [(4, 2, 3), (2, 2), (3,)])
 def test_with_a_least_length_states_that_can_end_and_rationales_are_balanced(sizes):
     "The naive loops: pairs of states with two tokens or more, and pairs of whole rationales."

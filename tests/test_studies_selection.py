@@ -536,7 +536,7 @@ def test_the_studies_at_full_size_are_planned_without_weights(name, rationale_se
     assert settings.steps * settings.questions_per_step == 3000 and settings.trainer["bf16"]
     for told in (settings.trainer, cfg.sft.trainer, grpo_settings(cfg, "grpo", 0).trl):
         assert told["bf16"] and told["gradient_checkpointing"]
-    assert cfg.sft.trainer["per_device_train_batch_size"] * cfg.sft.trainer["gradient_accumulation_steps"] == 8
+    assert cfg.sft.batch_size * cfg.sft.trainer["gradient_accumulation_steps"] == 8
     assert settings.empty == "off" and (cfg.reasoning.min_tokens, cfg.reasoning.max_tokens) == (64, 700)
     assert grpo_settings(cfg, "grpo", 0).max_new_tokens == 701  # and the token that ends
     assert grpo_settings(cfg, "grpo", 0).group_size == 6 and cfg.dtype == "bfloat16"

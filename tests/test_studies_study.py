@@ -433,7 +433,7 @@ def test_a_stage_of_small_steps_moves_weights_of_16_bits(make, tmp_path):
 
 def test_settings_of_the_stage_that_are_not_used_leave_digests_as_they_were(ground):
     (plain,) = {job_of(ground, {"sft": sft}).digest for sft in ({"steps": 3}, {"steps": 3, "trainer": {}})}
-    assert job_of(ground, {"sft": {"steps": 3, "trainer": {"seed": 4}}}).digest != plain
+    assert job_of(ground, {"sft": {"steps": 3, "trainer": {"bf16": True}}}).digest != plain
     assert "trainer" not in job_of(ground, {"sft": {"steps": 3}}).config["sft"]
 
 

@@ -79,7 +79,7 @@ class AnsweredRubric:
         temperature: float = 1.0,  # of answers; 0 is greedy
         max_tokens: int = 16,  # of an answer, its closing aside
         batch_size: int = 64,  # answers at a time
-        chunk: int = 128,  # answers at a time, of all rationales, when their log rewards are asked for
+        chunk: int = 64,  # answers at a time, of all rationales, when their log rewards are asked for
     ):
         """Pair a rubric with an answerer.
 

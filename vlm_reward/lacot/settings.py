@@ -81,7 +81,7 @@ class RGFNSettings:
     max_grad_norm: float = setting(1.0, "clip the gradient's norm here", low=0)
     weight_decay: float = setting(0.0, "of AdamW", low=0)
     accumulate: int = setting(1, "micro-batches that a step is split into, to save memory", low=1)
-    chunk: int = setting(128, "states of all rationales of a question that are scored at a time", low=1)
+    chunk: int = setting(64, "states of all rationales of a question that are scored at a time", low=1)
     rollouts_every: int = setting(1, "store the rationales of every n-th step; 0 stores none", low=0)
     save_every: int = setting(0, "write a checkpoint every n steps, to resume from; 0 writes none", low=0)
     threads: int | None = setting(None, "CPU threads; null leaves them as they are")

@@ -138,6 +138,7 @@ def pay_likelihood(
 ) -> Paid:
     "Pay what the answerer finds likely, at every prefix."
     how: dict[str, Any] = {"interval": settings.interval, "empty": settings.empty, "chunk": settings.chunk}
+    how["first"] = settings.min_tokens  # states before are no ends
     once, number = distinct(rationales)
     worth = token_rewards(model, turns, inputs, once, question.answer, **how)
     states = [worth[i] for i in number]

@@ -139,7 +139,7 @@ def reward_parts(
     interval: int = 1,  # lambda: look at every so many states, and at the last one
     empty: Empty = "off",  # state 0: reasoning switched off, or an empty rationale in its turn
     first: int = 0,  # the first state that is looked at: where rationales have a least length, that
-    chunk: int = 128,  # states at a time, of all rationales together
+    chunk: int = 64,  # states at a time, of all rationales together
     rows_at_once: int | None = None,  # rationales at a time; None: all
 ) -> list[Parts]:  # of each rationale
     """Look at states of rationales, without gradients and without dropout.
@@ -210,7 +210,7 @@ def token_rewards(
     interval: int = 1,  # lambda: look at every so many states, and draw lines between them; 1: all are exact
     empty: Empty = "off",  # state 0: reasoning switched off, or an empty rationale in its turn
     first: int = 0,  # the first state where a rationale can end; states before it get the value there
-    chunk: int = 128,  # states at a time, of all rationales together
+    chunk: int = 64,  # states at a time, of all rationales together
     rows_at_once: int | None = None,  # rationales at a time; None: all
 ) -> list[torch.Tensor]:  # log R_t of each: (n + 1,) nats, float32
     """The log reward of every prefix of rationales of one question, log P(z_1..t T Y | X).

@@ -42,6 +42,7 @@ from vlm_reward.studies.reasoning import (
 from ..train.grpo import GRPOSettings
 from ..train.grpo import check_request as check_grpo
 from ..train.sft import SFTSettings
+from ..train.sft import check_trainer as check_stage
 
 # %% ../../nbs/studies/06_design.ipynb #8910af79
 @dataclass(frozen=True)
@@ -343,10 +344,15 @@ def check_training(
     cfg: StudyConfig,
     ground: Ground,
 ) -> None:
-    """Refuse arms that could not be trained on these rows.
+    """Refuse a supervised stage with fields it cannot take, and arms that could not be trained on these rows.
 
-    - Raises: `ConfigError` with the arm.
+    - Raises: `ConfigError` with the stage or the arm.
     """
+    try:
+        if cfg.sft is not None:
+            check_stage(cfg.sft)
+    except ValueError as error:
+        raise ConfigError(f"sft: {error}") from error
     for name, arm in cfg.arms.items():
         settings = arm_settings(cfg, name, cfg.seeds[0])
         try:
