@@ -234,7 +234,7 @@ def told(loss, **more):
         "lines": [line],
         "reference": None,
         "reference_log_q": None,
-        "too_long": False,
+        "unusable": False,
         "loss": loss,
         "paired": False,
     } | more

@@ -301,7 +301,7 @@ def test_a_reference_that_is_too_long_is_left_out_and_told_once():
     ) as told:
         train_rgfn(model, processor, rows, settings, progress=lambda _, m: log.append(m))
     assert len([w for w in told if "reference" in str(w.message)]) == 1
-    assert [round(m["reference_too_long"], 6) for m in log] == [0.666667] * 2
+    assert [round(m["reference_unusable"], 6) for m in log] == [0.666667] * 2
     assert [round(m["reference_frac"], 6) for m in log] == [0.333333] * 2
 
 

@@ -545,6 +545,7 @@ def test_what_cannot_be_trained_is_refused_by_the_plan(tmp_path):
         "arms.rgfn.rgfn: questions_per_step: 9 questions need as many rows, got 8": {"rgfn": {"questions_per_step": 9}},
         "arms.rgfn.rgfn: questions_per_step: 2 questions cannot": {"rgfn": {"questions_per_step": 2, "accumulate": 3}},
         "arms.rgfn.rgfn: trainer.foo: TrainingArguments has no such field": {"rgfn": {"trainer": {"foo": 1}}},
+        "sft: trainer.seed: 4 belongs to": {"sft": {"steps": 3, "trainer": {"seed": 4}}},
         "arms.a.rgfn: balance: a rubric pays whole": {"arms": {"a": likely | {"rgfn": {"balance": "subtb"}}}},
         "arms.a.rgfn: the reward needs 'token_log_reward'.*leave the reward out.*grpo": {
             "arms": {"a": {"algorithm": "rgfn", "reward": "lacot"}}

@@ -29,7 +29,7 @@ def told_of(
     named = [line | {"behaviour": recorder.behaviour(line["completion"], question.row)} for line in outcome.lines]
     lines = named if recorder.classify else outcome.lines
     told = {"lines": lines, "reference": outcome.reference, "reference_log_q": outcome.reference_log_q}
-    told |= {"too_long": question.too_long, "loss": outcome.loss.item() if outcome.trained else None}
+    told |= {"unusable": question.unusable, "loss": outcome.loss.item() if outcome.trained else None}
     return told | {"paired": has_pair(outcome)}
 
 
@@ -65,7 +65,7 @@ def step_metrics(
         "log_q/reference": mean_known([question["reference_log_q"] for question in told]),
         "kept_frac": mean_known([line["kept"] for line in lines]),
         "reference_frac": mean_known([reference is not None for reference in references]),
-        "reference_too_long": mean_known([question["too_long"] for question in told]),
+        "reference_unusable": mean_known([question["unusable"] for question in told]),
         "rationale_tokens": mean_known([line["n_tokens"] for line in lines]),
         "stop_rate": mean_known([line["finished"] for line in lines]),
         "empty_frac": mean_known([line["n_tokens"] == 0 for line in lines]),

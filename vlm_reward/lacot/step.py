@@ -38,7 +38,7 @@ class Question(NamedTuple):
     row: Row
     answer: list[int]  # Y with what closes it
     reference: list[int] | None  # ids of the reference rationale; None: there is none that can be used
-    too_long: bool  # there is one, but no rationale may have as many tokens, or as few
+    unusable: bool  # there is one, but no rationale may have as many tokens, or as few
 
 
 def prepare_question(
@@ -64,8 +64,8 @@ def prepare_question(
     except ValueError as error:
         raise ValueError(f"row {row.get('id')!r}: {error}") from error
     answer, reference = list(pieces[-1][0]), list(pieces[1][0][:-1]) if told["rationale"] else None
-    too_long = reference is not None and not min_tokens <= len(reference) <= max_tokens
-    return Question(row, answer, None if too_long else reference, too_long)
+    unusable = reference is not None and not min_tokens <= len(reference) <= max_tokens
+    return Question(row, answer, None if unusable else reference, unusable)
 
 
 def prepare_questions(
@@ -80,7 +80,7 @@ def prepare_questions(
     - Raises: `ValueError` with the id of the first row that cannot be used.
     """
     questions = [prepare_question(processor, turns, row, max_tokens, min_tokens) for row in rows]
-    left_out = [question.row.get("id") for question in questions if question.too_long]
+    left_out = [question.row.get("id") for question in questions if question.unusable]
     if left_out:
         told = f"{len(left_out)} of {len(questions)} reference rationales have more than {max_tokens} tokens"
         told += f" or fewer than {min_tokens}" if min_tokens else ""

@@ -264,7 +264,7 @@ def check_guide(
 ) -> Finding:
     "What passes the filter, and are there references?"
     steps = trial.try_steps("usual")
-    names = ("kept_frac", "trained_frac", "reference_frac", "reference_too_long", "log_reward", "log_reward/reference")
+    names = ("kept_frac", "trained_frac", "reference_frac", "reference_unusable", "log_reward", "log_reward/reference")
     numbers = {name: steps.mean(name) for name in names}
     kept, taught, there, _, drawn, reference = numbers.values()
     why = f"{kept:.0%} of rationales are kept, {taught:.0%} of questions teach; log reward {drawn:.3g}"
