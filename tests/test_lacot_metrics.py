@@ -248,21 +248,10 @@ def test_what_trained_nothing_is_not_balanced():
     assert step_metrics([told(0.0)])["residual"] == 0  # a perfect balance is one
 
 
-@pytest.mark.parametrize(
-    ("drawn", "reference", "pair"),
-    [
-        ([-2.5, -3.5], None, True),
-        ([-2.5, None], -1.5, True),  # a drawn rationale, and the reference
-        ([-2.5, -2.5], -2.5, False),  # the reference, drawn twice
-        ([-2.5, -2.5], None, False),
-        ([None, None], -1.5, False),  # a strict filter
-        ([None, None], None, False),
-    ],
-)
-def test_two_distinct_texts_are_a_pair(drawn, reference, pair):
-    "What precedes a least length is learned there alone."
-    lines = [{"log_q": q, "completion": "z", "log_reward": -2.0} for q in drawn]
-    outcome = Outcome(torch.tensor(1.0), True, lines, None, reference)
+@pytest.mark.parametrize("pair", [True, False])
+def test_the_share_of_questions_with_a_pair(pair):
+    line = {"log_q": -2.5, "completion": "z", "log_reward": -2.0}
+    outcome = Outcome(torch.tensor(1.0), True, pair, [line], None, None)
     assert told_of(Question({}, [1], None, False), outcome, Recorder())["paired"] == pair
     assert step_metrics([told(1.0, paired=pair), told(1.0)])["paired_frac"] == pair / 2
 

@@ -134,7 +134,7 @@ def test_the_sampler_draws_the_exact_posterior(least, empty, steps):
     bounds = (model, processor, turns, inputs, texts, 2, least)
     posterior, prior = joint.softmax(0), drawn_law(*bounds)
     assert len(texts) == 183 - least and prior.sum() == pytest.approx(1, abs=1e-4)
-    assert total_variation(prior, posterior) > 0.3  # there is something to learn
+    assert total_variation(prior, posterior) > 0.7  # there is something to learn
     more = {"decay": "linear", "reference": False, "empty": empty, "min_tokens": least}
     log, settings = [], toy_settings(steps=steps, rationales=48, max_tokens=2, lr=3e-3, **more)
     train_rgfn(model, processor, rows, settings, progress=lambda _, metrics: log.append(metrics))

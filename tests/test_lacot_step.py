@@ -245,6 +245,28 @@ def test_what_has_no_pair_trains_nothing(asked, balance):
         assert trained or found.loss.item() == 0
 
 
+@pytest.mark.parametrize(
+    ("drawn", "reference", "strict", "pair"),
+    [
+        ([[14], [15]], None, False, True),
+        ([[14], [14]], [15], False, True),  # a drawn rationale, and the reference
+        ([[14], [14]], [14], False, False),  # the reference, drawn twice
+        ([[14], [14]], None, False, False),
+        ([[14], [15]], [14, 15], True, False),  # the filter leaves the reference alone
+        ([[]], [], False, False),
+    ],
+)
+def test_two_texts_that_differ_are_a_pair(asked, drawn, reference, strict, pair):
+    "What precedes a least length is learned there alone."
+    model, _, turns, question, inputs = asked
+    texts = drawn if reference is None else [*drawn, reference]
+    settings = toy_settings(filter="sum" if strict else "none")
+    paid = pay_likelihood(model, turns, question, inputs, texts, settings, 1.0)
+    work = Work({"id": "a"}, [Rationale(z, True, "") for z in drawn], texts, paid)
+    (found,) = balance_questions(model, turns, inputs, [work], settings, 0.0)
+    assert found.paired == pair and sum(line["kept"] for line in found.lines) == (0 if strict else len(drawn))
+
+
 def shaky(rank):
     "A policy with dropout in its attention, and in its adapters, if it has any."
     model, processor = toy(layers=2)

@@ -222,6 +222,7 @@ class Outcome(NamedTuple):
 
     loss: torch.Tensor  # scalar, with gradient
     trained: bool  # whether the loss has a pair to balance; without one it is 0
+    paired: bool  # whether two texts that differ train
     lines: list[dict[str, Any]]  # one per drawn rationale
     reference: float | None  # R_ref, nats
     reference_log_q: float | None  # log q(Z_ref T | X), nats, if it trains
@@ -278,7 +279,7 @@ def outcome_of(
     several = len({tuple(map(int, work.texts[i])) for i in chosen}) > 1
     between = several and (settings.balance == "group" or settings.min_tokens > 0)
     within = settings.balance == "subtb" and any(len(work.texts[i]) > settings.min_tokens for i in chosen)
-    return Outcome(loss, within or between, lines, reference, log_q.get(len(work.drawn)))
+    return Outcome(loss, within or between, several, lines, reference, log_q.get(len(work.drawn)))
 
 
 def balance_questions(

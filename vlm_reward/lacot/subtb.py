@@ -149,9 +149,11 @@ def state_query(
     bounds: Bounds,
 ) -> Query:
     "Ask states for the token that follows and for the end, among what may be drawn there."
+    tokens = torch.stack([follows, torch.full_like(follows, turns.stop)], 1)
+    if not bounds.min_tokens and not bounds.never:
+        return Query(index, tokens)
     early = torch.where(step < bounds.min_tokens, turns.stop, -1)
     never = follows.new_tensor(bounds.never).expand(len(follows), -1)
-    tokens = torch.stack([follows, torch.full_like(follows, turns.stop)], 1)
     return Query(index, tokens, without=torch.cat([early[:, None], never], 1))
 
 
